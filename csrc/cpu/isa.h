@@ -1,0 +1,20 @@
+// Run-time choice between the builds of the kernels for AVX-512, AVX2 and plain C++.
+#pragma once
+
+#include <string>
+
+#include "kernels.h"
+
+namespace fasttune::cpu {
+
+// The table in use. The first call picks the widest build that the CPU runs; FASTTUNE_CPU_ISA
+// (avx512, avx2, plain) forces one and throws std::runtime_error if it cannot run here.
+const Kernels& kernels();
+
+// Name of the build in use, and all that this CPU can run, widest first, separated by commas.
+std::string isa_name();
+std::string isa_available();
+// Switches the build for the whole process (tests); throws std::runtime_error if it cannot run here.
+void set_isa(const std::string& name);
+
+}  // namespace fasttune::cpu

@@ -1,0 +1,134 @@
+#include "linear_cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "math.h"
+#include "simd.h"
+
+// Floor: a row of 49152 bf16 logits is 96 KB and stays in the second-level cache, so the three sweeps
+// (maximum; sum of exponentials; gradient) cost one read and one write of memory per logit.
+namespace fasttune::cpu::FASTTUNE_ISA {
+namespace {
+
+// z = f(logit) and what the gradient needs of f: dz / dlogit = slope(z).
+struct Transform {
+  float scale, softcap;
+
+  vf apply(vf logit) const {
+    const vf z = logit * splat(scale);
+    return softcap > 0 ? tanh(z * splat(1.0f / softcap)) * splat(softcap) : z;
+  }
+  vf slope(vf z) const {
+    if (!(softcap > 0)) return splat(scale);
+    const vf t = z * splat(1.0f / softcap);
+    return splat(scale) * (splat(1.0f) - t * t);
+  }
+};
+
+// Reads the lanes [j, V) of a row; lanes beyond it get `other`.
+template <typename E>
+inline vf load_logits(E, const typename E::type* row, int64_t j, int64_t vocab, float other) {
+  if (j + kLanes <= vocab) return E::load(row + j);
+  vf v = splat(other);
+  for (int64_t i = 0; j + i < vocab; ++i) v[i] = E::load_one(row + j + i);
+  return v;
+}
+
+template <typename E>
+inline void store_logits(E, typename E::type* row, int64_t j, int64_t vocab, vf v) {
+  if (j + kLanes <= vocab) return E::store(row + j, v);
+  for (int64_t i = 0; j + i < vocab; ++i) E::store_one(row + j + i, v[i]);
+}
+
+inline vi lanes_from(int64_t j, int64_t vocab) {
+  constexpr vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane < static_cast<int32_t>(std::min<int64_t>(kLanes, vocab - j));
+}
+
+template <typename E>
+inline float one_logit(E, const typename E::type* row, int64_t j, const Transform& transform) {
+  return transform.apply(splat(E::load_one(row + j)))[0];
+}
+
+template <typename E>
+void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
+             const RowLossOptions& options, const RowLossOutputs& outputs, int64_t index) {
+  if (target == options.ignore_index) {
+    outputs.loss[index] = 0.0f;
+    if (outputs.correct) outputs.correct[index] = 0.0f;
+    if (outputs.entropy) outputs.entropy[index] = 0.0f;
+    if (options.need_grad) std::fill(row, row + vocab, typename E::type{});
+    return;
+  }
+  const Transform transform{options.logit_scale, options.softcap};
+  constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  vf best = splat(kLowest);
+  for (int64_t j = 0; j < vocab; j += kLanes) {
+    const vf z = transform.apply(load_logits(element, row, j, vocab, 0.0f));
+    best = max(select(lanes_from(j, vocab), z, splat(kLowest)), best);
+  }
+  const float top = max(best);
+  // A partial sum per 4096 logits keeps the fp32 error of a long row near that of a pairwise sum.
+  constexpr int64_t kSpan = 4096;
+  double exponentials = 0, total = 0, weighted = 0;
+  const bool need_total = options.label_smoothing != 0.0f, need_weighted = outputs.entropy;
+  for (int64_t first = 0; first < vocab; first += kSpan) {
+    vf e_sum = {}, z_sum = {}, ez_sum = {};
+    for (int64_t j = first; j < std::min(first + kSpan, vocab); j += kLanes) {
+      const vi valid = lanes_from(j, vocab);
+      const vf z = select(valid, transform.apply(load_logits(element, row, j, vocab, 0.0f)), splat(0.0f));
+      const vf e = select(valid, exp(z - splat(top)), splat(0.0f));
+      e_sum += e;
+      if (need_total) z_sum += z;
+      if (need_weighted) ez_sum += select(e > 0.0f, e * (z - splat(top)), splat(0.0f));
+    }
+    exponentials += sum(e_sum);
+    total += sum(z_sum);
+    weighted += sum(ez_sum);
+  }
+  const float lse = top + static_cast<float>(std::log(exponentials));
+  const float z_target = one_logit(element, row, target, transform);
+  const float epsilon = options.label_smoothing;
+  float loss = (1.0f - epsilon) * (lse - z_target) + options.z_loss * lse * lse;
+  if (need_total) loss += epsilon * (lse - static_cast<float>(total / static_cast<double>(vocab)));
+  outputs.loss[index] = loss;
+  if (outputs.correct) {
+    bool first_of_maxima = z_target == top;
+    for (int64_t j = 0; first_of_maxima && j < target; ++j)
+      first_of_maxima = one_logit(element, row, j, transform) != top;
+    outputs.correct[index] = first_of_maxima ? 1.0f : 0.0f;
+  }
+  if (outputs.entropy)  // lse - sum p z = log sum e - sum e (z - top) / sum e
+    outputs.entropy[index] = static_cast<float>(std::log(exponentials) - weighted / exponentials);
+  if (!options.need_grad) return;
+  // dloss / dz = p (1 + 2 z_loss lse) - epsilon / V - (1 - epsilon) [target]
+  const vf factor = splat((1.0f + 2.0f * options.z_loss * lse) / static_cast<float>(exponentials));
+  const vf smooth = splat(epsilon / static_cast<float>(vocab));
+  const float z0_target = E::load_one(row + target);
+  for (int64_t j = 0; j < vocab; j += kLanes) {
+    const vf z = transform.apply(load_logits(element, row, j, vocab, 0.0f));
+    const vf gradient = exp(z - splat(top)) * factor - smooth;
+    store_logits(element, row, j, vocab, gradient * transform.slope(z));
+  }
+  const vf z = transform.apply(splat(z0_target));
+  const vf gradient = exp(z - splat(top)) * factor - smooth - splat(1.0f - epsilon);
+  E::store_one(row + target, (gradient * transform.slope(z))[0]);
+}
+
+}  // namespace
+
+void cross_entropy_rows(const MutableMatrix& logits, const int64_t* targets,
+                        const RowLossOptions& options, const RowLossOutputs& outputs, int threads) {
+  with_element(logits.dtype, [&](auto element) {
+    using E = decltype(element);
+    const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, logits.rows)));
+#pragma omp parallel for num_threads(team) schedule(dynamic, 4)
+    for (int64_t i = 0; i < logits.rows; ++i) {
+      auto* row = static_cast<typename E::type*>(logits.data) + i * logits.stride;
+      one_row(element, row, logits.cols, targets[i], options, outputs, i);
+    }
+  });
+}
+
+}  // namespace fasttune::cpu::FASTTUNE_ISA

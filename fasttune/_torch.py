@@ -1,0 +1,47 @@
+"""The private names of torch that fasttune reads, in one place; tests/test_torch_private.py guards them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_PLAIN_TYPES = (Tensor, Parameter)
+
+
+def in_functorch() -> bool:
+    """True inside vmap, grad, jvp, ...: types still say Tensor there, so only the stack tells."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def under_dispatch_mode() -> bool:
+    """True if a TorchDispatchMode (FakeTensorMode, accounting, ...) is active."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def profiling() -> bool:
+    """True while the autograd profiler records."""
+    return bool(torch.autograd._profiler_enabled())
+
+
+def inside_backward() -> bool:
+    """True on a thread that runs a backward pass (checkpoint recomputation included)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def all_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """True if every tensor is a plain Tensor or Parameter with real storage."""
+    return all(
+        t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors
+    )
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The autocast dtype in force for ``device_type``, or None outside autocast."""
+    if not torch.amp.is_autocast_available(device_type):
+        return None
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)

@@ -1,0 +1,72 @@
+"""Mask-free dropout in torch: the reference of the fixed format that docs/design.md states."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_RESOLUTION = 65536  # a lane has 16 bits
+_MASK32 = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """The lane value below which an element is dropped: round(65536 p).
+
+    Raises:
+        ValueError: p is outside [0, 1), or so near 1 that nothing would be kept.
+    """
+    value = round(p * _RESOLUTION)
+    if not 0.0 <= p < 1.0 or value >= _RESOLUTION:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {p}")
+    return value
+
+
+def keep_scale(threshold: int) -> float:
+    """1 / (1 - p) for the quantised p."""
+    return _RESOLUTION / (_RESOLUTION - threshold)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A 0-d int64 seed on ``device`` from torch's generator of that device, without synchronisation."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def keep_mask(
+    seed: Tensor | None,
+    threshold: int,
+    rows: int,
+    features: int,
+    *,
+    branch: int,
+    row_offset: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The 0 / 1 mask [rows, features] in fp32 of one branch; all ones for threshold 0."""
+    if threshold == 0 or seed is None:
+        device = device if seed is None else seed.device
+        return torch.ones((), device=device)
+    counters = -(-features // 8)
+    row = torch.arange(rows, device=seed.device, dtype=torch.int64)[:, None] + row_offset
+    k = torch.arange(counters, device=seed.device, dtype=torch.int64)[None, :]
+    words = _philox(seed, k, row & _MASK32, (row >> 32) & _MASK32, branch)
+    lanes = [lane for word in words for lane in (word & 0xFFFF, word >> 16)]
+    bits = torch.stack(torch.broadcast_tensors(*lanes), dim=-1).reshape(rows, counters * 8)
+    return (bits[:, :features] >= threshold).to(torch.float32)
+
+
+def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the product of two unsigned 32-bit values held in int64."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[Tensor, ...]:
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    last = torch.full_like(c0, c3)
+    for _ in range(7):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high2, low2 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, last = high2 ^ c1 ^ k0, low2, high0 ^ last ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, last

@@ -1,0 +1,37 @@
+"""The Triton tier as the hubs see it; imports triton only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+from torch import Tensor
+
+MAX_RANK = 256  # the widest rank bucket of fasttune_kernels' tables
+
+# fasttune.testing switches this on while the interpreter or the dry run takes CPU tensors.
+accepts_cpu_tensors = False
+
+
+@lru_cache(maxsize=1)
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not(tensors: Sequence[Tensor]) -> str | None:
+    """Why the Triton kernels cannot take these tensors, or None."""
+    if not _installed():
+        return "triton is not installed"
+    if accepts_cpu_tensors:
+        return None
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        return "it takes CUDA tensors"
+    return None
+
+
+def kernels(op: str) -> ModuleType:
+    """The module of launchers of an op, ``fasttune_kernels.<op>``."""
+    return importlib.import_module(f"fasttune_kernels.{op}")

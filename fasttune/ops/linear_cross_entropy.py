@@ -1,0 +1,537 @@
+"""linear_cross_entropy: hidden states, head weight and targets to the loss, without holding the logits.
+
+Maths, for each chunk of rows, accumulated in fp32 and rounded to the compute dtype C where marked:
+
+    logits = C(h W^T + bias + sum_j t_j B_j^T),  t_j = s_j / (1 - p_j) (h * keep_j) A_j^T       [rows, V]
+    loss_i, g_i = row loss and its gradient with respect to the logits, in fp32; g is stored as C   (_row_loss.py)
+    dh = g W + sum_j keep_j * (d_j A_j),  d_j = s_j / (1 - p_j) g B_j,   dW += g^T h, dbias += sum g,
+    dA_j += d_j^T (h * keep_j),  dB_j += g^T t_j
+
+The gradients are computed in the forward, while a chunk's logits exist, with respect to the *sum* of the row losses; backward only
+scales them by the incoming gradient. Weight gradients are accumulated in fp32. Saved for backward: those gradients, nothing else.
+
+Chunk: as many rows as keep their logits within _LOGITS_BYTES, a multiple of 64. Rows whose target is ignore_index are dropped
+before the head on the CPU, where that needs no synchronisation (not when the head's LoRA has dropout, whose mask counts rows).
+
+Precision: C is the autocast dtype under autocast, else the dtype of the hidden states, as stock's logits; LoRA factors are never rounded.
+Semantics: torch.nn.functional.cross_entropy on the upcast logits, as transformers.loss.loss_utils.ForCausalLMLoss (5.23).
+Peers: Cut Cross-Entropy (Wijmans et al., 2024), Liger Kernel (Hsu et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fasttune import _native, _registry, _torch
+from fasttune.ops import _dropout, _gemm, _triton
+from fasttune.ops._row_loss import CrossEntropy
+from fasttune.ops.lora_linear import LoraBranch, _accumulator, _check_float, _check_shape
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Logits of a chunk: on a GPU enough rows to fill it, on a CPU few enough not to show in the peak.
+_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_ROWS_MULTIPLE = 64
+
+
+def chunk_rows(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
+    """Rows of a chunk: the largest multiple of 64 whose logits fit the budget of the device."""
+    budget = _LOGITS_BYTES.get(device_type, _LOGITS_BYTES["cuda"])
+    fitting = budget // max(vocab * itemsize, 1) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
+    return max(min(rows, max(fitting, _ROWS_MULTIPLE)), 1)
+
+
+@dataclass
+class _Gradients:
+    """What the forward accumulates; None where it is not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    a: list[Tensor | None]
+    b: list[Tensor | None]
+
+    def flat(self) -> list[Tensor]:
+        everything = [self.hidden, self.weight, self.bias, *self.a, *self.b]
+        return [gradient for gradient in everything if gradient is not None]
+
+
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Unscaled fp16 weight gradients could overflow, so they stay fp32 until backward scales them."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# ---------------------------------------------------------------------------- the chunked head
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head and its LoRA branches, as a backend's chunks see them."""
+
+    prims: ModuleType
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scaling_tensors: Sequence[Tensor | None]
+    scales: Sequence[float]  # scaling / (1 - p)
+    thresholds: Sequence[int]
+    seed: Tensor | None
+    dtype: torch.dtype  # of the logits
+
+    @property
+    def through_fp32(self) -> bool:
+        return self.prims is _native and _gemm.through_fp32(self.weight.device, self.dtype)
+
+    def branches(self, hidden: Tensor, row: int) -> list[Tensor]:
+        """t_j [rows, R_j] of the rows that start at ``row``."""
+        return [
+            self.prims.lora_down(
+                hidden,
+                self.a[j],
+                self.scales[j],
+                self.scaling_tensors[j],
+                seed=self.seed,
+                threshold=self.thresholds[j],
+                branch=j,
+                row_offset=row,
+            )
+            for j in range(len(self.a))
+        ]
+
+    def logits(self, hidden: Tensor, ts: list[Tensor], out: Tensor) -> Tensor:
+        """Writes the logits of hidden [rows, H] into out [rows, V]."""
+        if not ts and not self.through_fp32:
+            hidden, weight = hidden.to(self.dtype), self.weight.to(self.dtype)
+            if self.bias is None:
+                return torch.mm(hidden, weight.t(), out=out)
+            return torch.addmm(self.bias.to(self.dtype), hidden, weight.t(), out=out)
+        if self.through_fp32:
+            return self._logits_fp32(hidden, ts, out)
+        t = torch.cat(ts, dim=1)
+        b = torch.cat([factor.to(torch.float32) for factor in self.b], dim=1)
+        out.copy_(self.prims.lora_up(t, b, self.bias, out_dtype=self.dtype))
+        return out.addmm_(hidden.to(self.dtype), self.weight.to(self.dtype).t())
+
+    def _logits_fp32(self, hidden: Tensor, ts: list[Tensor], out: Tensor) -> Tensor:
+        rows = hidden.shape[0]
+        t = torch.cat(ts, dim=1) if ts else hidden.new_empty(rows, 0, dtype=torch.float32)
+        hidden = _gemm.as_fp32(hidden, "rows")
+        step = _gemm.block_rows(self.weight.shape[1])
+        for start in range(0, self.weight.shape[0], step):
+            span = slice(start, min(start + step, self.weight.shape[0]))
+            weight = _gemm.as_fp32(self.weight[span], "weight")
+            base = torch.mm(hidden, weight.t(), out=_native.scratch("linear", rows, len(weight)))
+            b = [factor[span].to(torch.float32) for factor in self.b]
+            up = torch.cat(b, dim=1) if b else weight.new_empty(len(weight), 0)
+            bias = None if self.bias is None else self.bias[span]
+            _native.lora_up(t, up, bias, out_dtype=self.dtype, addend=base, out=out[:, span])
+        return out
+
+    def backward(
+        self, gradient: Tensor, hidden: Tensor, ts: list[Tensor], row: int, into: _Gradients, rows: slice
+    ) -> None:
+        """Adds the gradients of a chunk, given d loss / d logits [rows, V]."""
+        if into.weight is not None:
+            self._accumulate_weight(gradient, hidden, into.weight)
+        if into.bias is not None:
+            into.bias += gradient.sum(0, dtype=torch.float32)
+        base = self._hidden_base(gradient) if into.hidden is not None else None
+        for j, t in enumerate(ts):
+            d, db = self.prims.lora_up_backward(
+                gradient, t, self.b[j], self.scales[j], self.scaling_tensors[j],
+                need_d=into.a[j] is not None or base is not None, need_db=into.b[j] is not None,
+            )  # fmt: skip
+            if db is not None and (total := into.b[j]) is not None:
+                total += db
+            if d is None:
+                continue
+            part, da = self.prims.lora_down_backward(
+                d, self.a[j], hidden, seed=self.seed, threshold=self.thresholds[j], branch=j, row_offset=row,
+                dx_dtype=torch.float32, need_dx=base is not None, need_da=into.a[j] is not None,
+            )  # fmt: skip
+            if da is not None and (total := into.a[j]) is not None:
+                total += da
+            if base is not None:
+                base = base + part
+        if base is not None and into.hidden is not None:
+            into.hidden[rows].copy_(base)
+
+    def _hidden_base(self, gradient: Tensor) -> Tensor:
+        if self.through_fp32:
+            return _gemm.linear_backward_fp32(gradient, self.weight)
+        return torch.mm(gradient, self.weight.to(gradient.dtype))
+
+    def _accumulate_weight(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
+        """total [V, H] fp32 += gradient^T hidden, a block of the vocabulary at a time."""
+        if not self.through_fp32:
+            total += torch.mm(gradient.t(), hidden.to(gradient.dtype))
+            return
+        hidden = _gemm.as_fp32(hidden, "weight")
+        step = _gemm.block_rows(gradient.shape[0])
+        for start in range(0, gradient.shape[1], step):
+            block = _gemm.as_fp32(gradient[:, start : start + step], "rows")
+            total[start : start + step].addmm_(block.t(), hidden)
+
+
+def _chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The forward in terms of the primitives of a backend: loss, correct, entropy sums, gradients."""
+    (hidden, weight, bias, targets, a, b, scaling_tensors, scalings, thresholds, seed, dtype, options, stats, needs) = args
+    loss_fn = CrossEntropy(int(options[0]), *options[1:])
+    scales = [s * _dropout.keep_scale(k) for s, k in zip(scalings, thresholds, strict=True)]
+    head = _Head(prims, weight, bias, a, b, scaling_tensors, scales, thresholds, seed, dtype)
+    keep = None
+    if hidden.device.type == "cpu" and not any(thresholds):
+        valid = targets != loss_fn.ignore_index
+        if not bool(valid.all()):
+            keep = valid.nonzero()[:, 0]
+    rows_hidden = hidden if keep is None else hidden[keep]
+    rows_targets = targets if keep is None else targets[keep]
+    into = _allocate(rows_hidden, weight, bias, a, b, needs)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    correct, entropy = torch.zeros_like(loss), torch.zeros_like(loss)
+    total, vocab = rows_hidden.shape[0], weight.shape[0]
+    size = chunk_rows(total, vocab, dtype.itemsize, hidden.device.type)
+    buffer = _logits_buffer(size, vocab, dtype, hidden.device)
+    for start in range(0, total, size):
+        rows = slice(start, min(start + size, total))
+        chunk = rows_hidden[rows]
+        ts = head.branches(chunk, start)
+        logits = head.logits(chunk, ts, buffer[: chunk.shape[0]])
+        losses, right, spread = loss_fn.rows_(prims, logits, rows_targets[rows], any(needs), stats)
+        loss += losses.sum()
+        if right is not None and spread is not None:
+            correct += right.sum()
+            entropy += spread.sum()
+        if any(needs):
+            head.backward(logits, chunk, ts, start, into, rows)
+    if into.hidden is not None and keep is not None:
+        into.hidden = torch.zeros_like(hidden).index_copy_(0, keep, into.hidden)
+    if into.weight is not None:
+        into.weight = into.weight.to(_stored_dtype(weight.dtype))
+    return loss, correct, entropy, into.flat()
+
+
+def _allocate(
+    hidden: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence[Tensor], needs: Sequence[bool]
+) -> _Gradients:
+    def zeros(like: Tensor, wanted: bool) -> Tensor | None:
+        return torch.zeros(like.shape, dtype=torch.float32, device=like.device) if wanted else None
+
+    k = len(a)
+    return _Gradients(
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None,
+        zeros(weight, needs[1]),
+        None if bias is None else zeros(bias, needs[2]),
+        [zeros(f, flag) for f, flag in zip(a, needs[3 : 3 + k], strict=True)],
+        [zeros(f, flag) for f, flag in zip(b, needs[3 + k :], strict=True)],
+    )
+
+
+def _logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return _native.scratch("logits", rows, vocab, dtype)
+    return torch.empty(rows, vocab, dtype=dtype, device=device)
+
+
+# ---------------------------------------------------------------------------- the op and its backends
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    dtype, needs = rest[4], rest[7]
+    wide = _accumulator(dtype)
+    scalars = [hidden.new_empty((), dtype=wide) for _ in range(3)]
+    grads = [torch.empty_like(hidden, memory_format=torch.contiguous_format)] if needs[0] else []
+    if needs[1]:
+        grads.append(weight.new_empty(weight.shape, dtype=_stored_dtype(weight.dtype)))
+    for factor, flag in zip((bias, *a, *b), needs[2:], strict=True):
+        if flag and factor is not None:
+            grads.append(factor.new_empty(factor.shape, dtype=wide))
+    return scalars[0], scalars[1], scalars[2], grads
+
+
+FORWARD = _registry.define(
+    "linear_cross_entropy_fwd",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor[] a, Tensor[] b, "
+    "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, Tensor? seed, ScalarType compute_dtype, "
+    "float[] options, bool need_stats, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])",
+    _fake,
+)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    hidden, weight, bias, targets, a, b = args[:6]
+    return [t for t in (hidden, weight, bias, targets, *a, *b) if t is not None]
+
+
+def _unsupported(args: Sequence[Any], max_rank: int) -> str | None:
+    for tensor in _tensors(args):
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            return f"it takes fp32, bf16 and fp16, got {tensor.dtype}"
+    for factor in args[4]:
+        if factor.shape[0] > max_rank:
+            return f"it takes ranks up to {max_rank}, got {factor.shape[0]}"
+    return None
+
+
+def _cpu_supports(*args: Any) -> str | None:
+    missing = _native.cpu_missing()
+    if missing is not None:
+        return missing
+    if any(tensor.device.type != "cpu" for tensor in _tensors(args)):
+        return "it takes CPU tensors"
+    return _unsupported(args, _native.MAX_RANK)
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return _triton.why_not(_tensors(args)) or _unsupported(args, _triton.MAX_RANK)
+
+
+@FORWARD.backend("cpu", _cpu_supports)
+def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return _chunked(_native, *args)
+
+
+@FORWARD.backend("triton", _triton_supports)
+def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return _chunked(_triton.kernels("head"), *args)
+
+
+def _plain_sums(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scaling_tensors: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    thresholds: Sequence[int],
+    seed: Tensor | None,
+    compute_dtype: torch.dtype,
+    options: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, correct and entropy sums in plain differentiable torch, with all logits."""
+    wide = _accumulator(compute_dtype)
+    logits = hidden.to(compute_dtype).to(wide) @ weight.to(compute_dtype).to(wide).t()
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    for j, (down, up) in enumerate(zip(a, b, strict=True)):
+        keep = _dropout.keep_mask(seed, thresholds[j], *hidden.shape, branch=j)
+        scale: float | Tensor = scalings[j] * _dropout.keep_scale(thresholds[j])
+        scale_tensor = scaling_tensors[j]
+        if scale_tensor is not None:
+            scale = scale * scale_tensor.to(wide)
+        logits = logits + (hidden.to(wide) * keep) @ down.to(wide).t() @ up.to(wide).t() * scale
+    loss, correct, entropy = CrossEntropy(int(options[0]), *options[1:]).reference(logits, targets)
+    return loss.sum(), correct.sum(), entropy.sum()
+
+
+@FORWARD.backend("reference", lambda *args: None)
+def _fwd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    hidden, weight, bias, targets, a, b = args[:6]
+    needs = args[13]
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (hidden, weight, bias, *a, *b)]
+        k = len(a)
+        sums = _plain_sums(*leaves[:3], targets, leaves[3 : 3 + k], leaves[3 + k :], *args[6:12])
+        wanted = [leaf for leaf, flag in zip(leaves, needs, strict=True) if flag]
+        grads = list(torch.autograd.grad(sums[0], wanted)) if wanted else []
+    wide = sums[0].dtype
+    dtypes = [hidden.dtype, _stored_dtype(weight.dtype), *[wide] * (1 + 2 * k)]
+    kinds = [dtype for dtype, flag in zip(dtypes, needs, strict=True) if flag]
+    grads = [grad.to(dtype) for grad, dtype in zip(grads, kinds, strict=True)]
+    return sums[0].detach(), sums[1].detach(), sums[2].detach(), grads
+
+
+# ---------------------------------------------------------------------------- autograd
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """hidden, targets, the head and its LoRA factors to the sums of loss, correct and entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, facts: tuple[Any, ...], *tensors: Any) -> Any:
+        hidden, targets, seed, weight, bias, *factors = tensors
+        scaling_tensors, scalings, thresholds, dtype, options, stats = facts
+        k = len(scalings)
+        needs_hidden, _, _, *needs_head = ctx.needs_input_grad[1:]
+        needs = [needs_hidden, *needs_head]
+        args = (
+            hidden, weight, bias, targets, factors[:k], factors[k:], list(scaling_tensors), list(scalings),
+            list(thresholds), seed, dtype, list(options), stats, needs,
+        )  # fmt: skip
+        run = FORWARD.registered if _registry.must_dispatch(tensors) else FORWARD.select(*args).run
+        loss, correct, entropy, grads = run(*args)
+        ctx.save_for_backward(*grads)
+        ctx.needs = needs
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, *factors)]
+        ctx.mark_non_differentiable(correct, entropy)
+        return loss, correct, entropy
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        grads = [
+            (next(saved) * gradient).to(dtype) if flag else None
+            for flag, dtype in zip(ctx.needs, ctx.dtypes, strict=True)
+        ]
+        return None, grads[0], None, None, *grads[1:]
+
+
+# ---------------------------------------------------------------------------- public function
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Means over the tokens that are not ignored, 0-d fp32 tensors on the device (no synchronisation).
+
+    Attributes:
+        accuracy: share of tokens whose target has the largest logit (the lowest index wins a tie).
+        entropy: of the predicted distribution, in nats.
+        tokens: how many there are.
+    """
+
+    accuracy: Tensor
+    entropy: Tensor
+    tokens: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [*, H]
+    weight: Tensor,  # [V, H]
+    targets: Tensor,  # [*] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    branches: Sequence[LoraBranch] = (),
+    row_loss: CrossEntropy | None = None,
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    return_stats: bool = False,
+    seed: Tensor | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Cross-entropy of ``hidden @ weight.T + bias`` against targets, without holding the logits.
+
+    Args:
+        hidden: [*, H] fp32, bf16 or fp16 (fp64 on the reference backend).
+        weight: [V, H] in hidden's dtype (any float dtype under autocast); frozen or trained.
+        targets: [*] int64 in [0, V), or ``row_loss.ignore_index``.
+        bias: [V].
+        branches: LoRA on the head, as in :func:`fasttune.ops.lora_linear_group`, without LoRA bias.
+        row_loss: label smoothing, z-loss, softcap, logit scale and ignore_index; plain cross-entropy if None.
+        reduction: "mean" over the tokens that are not ignored (NaN if there are none, as torch), or "sum".
+        num_items_in_batch: divides the sum instead, as transformers does under gradient accumulation.
+        return_stats: also return token accuracy and entropy.
+        seed: 0-d int64 dropout seed of the branches; drawn if None.
+
+    Returns:
+        The 0-d fp32 loss, or (loss, TokenStats).
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: shapes, devices, the reduction or (on the CPU) the range of targets do not fit; on CUDA a target out
+            of range trips a device-side assertion, without synchronisation.
+    """
+    row_loss = row_loss or CrossEntropy()
+    _validate(hidden, weight, targets, bias, branches, row_loss, reduction)
+    compute_dtype = _torch.autocast_dtype(hidden.device.type) or hidden.dtype
+    sums = apply_head(hidden, weight, targets, bias, branches, row_loss, compute_dtype, return_stats, seed)
+    count = (targets != row_loss.ignore_index).sum()
+    loss = sums[0]
+    if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        loss = loss / num_items_in_batch
+    elif reduction == "mean":
+        loss = loss / count
+    if not return_stats:
+        return loss
+    return loss, TokenStats(sums[1] / count, sums[2] / count, count)
+
+
+def apply_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[LoraBranch],
+    row_loss: CrossEntropy,
+    compute_dtype: torch.dtype,
+    need_stats: bool = False,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of loss, correct tokens and entropy over all rows, without validation."""
+    thresholds = tuple(_dropout.threshold(branch.dropout_p) for branch in branches)
+    if seed is None and any(thresholds):
+        seed = _dropout.draw_seed(hidden.device)
+    scales = [branch.scaling for branch in branches]
+    scaling_tensors = tuple(s if isinstance(s, Tensor) else None for s in scales)
+    scalings = tuple(1.0 if isinstance(s, Tensor) else float(s) for s in scales)
+    options = (
+        float(row_loss.ignore_index), row_loss.logit_scale, row_loss.softcap,
+        row_loss.label_smoothing, row_loss.z_loss,
+    )  # fmt: skip
+    hidden2, targets1 = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    factors = [branch.a for branch in branches], [branch.b for branch in branches]
+    if _torch.in_functorch():
+        return _plain_sums(
+            hidden2, weight, bias, targets1, *factors, scaling_tensors, scalings, thresholds, seed,
+            compute_dtype, options,
+        )  # fmt: skip
+    facts = (scaling_tensors, scalings, thresholds, compute_dtype, options, need_stats)
+    sums: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        facts, hidden2, targets1, seed, weight, bias, *factors[0], *factors[1]
+    )
+    return sums
+
+
+def _validate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    branches: Sequence[LoraBranch],
+    row_loss: CrossEntropy,
+    reduction: str,
+) -> None:
+    _check_float("hidden", hidden)
+    _check_shape("weight", weight, (None, hidden.shape[-1]), hidden.device)
+    if _torch.autocast_dtype(hidden.device.type) is None and weight.dtype != hidden.dtype:
+        raise TypeError(f"weight: expected hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    if bias is not None:
+        _check_shape("bias", bias, (weight.shape[0],), hidden.device)
+    for branch in branches:
+        _check_shape("a", branch.a, (None, hidden.shape[-1]), hidden.device)
+        _check_shape("b", branch.b, (weight.shape[0], branch.a.shape[0]), hidden.device)
+        if branch.bias is not None:
+            raise ValueError("branches: expected no LoRA bias on a head, got one; add it to bias")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    check_targets(targets, hidden.shape[:-1], weight.shape[0], row_loss.ignore_index)
+
+
+def check_targets(targets: Tensor, shape: Sequence[int], vocab: int, ignore_index: int) -> None:
+    """Raises for targets of another shape or dtype, or (CPU) out of range; asserts on the device elsewhere."""
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"targets: expected an int64 tensor, got {kind}")
+    if targets.shape != torch.Size(shape):
+        raise ValueError(f"targets: expected shape {list(shape)}, got {list(targets.shape)}")
+    if targets.numel() == 0 or targets.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    wrong = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    message = f"targets: expected values in [0, {vocab}) or ignore_index {ignore_index}"
+    if targets.device.type != "cpu":
+        torch._assert_async(~wrong.any(), message)
+    elif bool(wrong.any()):
+        raise ValueError(f"{message}, got {int(targets[wrong][0])}")

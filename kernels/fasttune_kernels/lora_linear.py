@@ -1,0 +1,689 @@
+"""The four products of a LoRA branch around a base linear layer, with mask-free dropout.
+
+Legend: M rows (tokens), K input features, N output features, R rank. x [M, K], A [R, K], B [N, R],
+T = X A^T [M, R] and D = dY B [M, R] in fp32. keep is the mask of `philox`.
+
+    lora_down           T  = s (x * keep) A^T      reads the wide x, writes the thin T
+    lora_up             y0 = bias + T B^T          reads the thin T, writes the wide y0
+    lora_up_backward    D  = s dY B, dB = dY^T T   one read of dY up to rank 32
+    lora_down_backward  dx0 = keep * (D A), dA = D^T (x * keep)
+
+Four kernels cover the eight products: "down" (a reduction over the features), "up" (a product over
+the rank), "weight gradient" (a reduction over the rows) and the fused pair of `lora_up_backward`.
+Reductions that are split write fp32 partial results, which one more launch adds in fixed order.
+
+Precision: products accumulate in fp32 and no operand is rounded before a product, see `_dot_exact`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .lora_tables import arithmetic_of, down_tile, pair_tile, up_tile, weight_grad_tile
+from .philox import keep_mask, load_philox_key
+from .tables import divide_up, gpu_of, launch_device, next_power_of_2
+
+# Up to this rank the partial sums of the fused pair cost less than a second read of dY.
+MAX_RANK_OF_FUSED_PAIR = 32
+# Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
+MAX_BLOCK_R = 128
+
+
+@triton.jit
+def _leading_bf16(x):
+    """The fp32 x cut to its leading 8 significant bits: exactly representable in bf16."""
+    bits = x.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
+    """acc + lhs @ rhs on bf16 tensor cores; the operand marked SPLIT is fp32, the other is bf16.
+
+    24 significant bits are three times 8, so three terms cut by truncation are the operand itself:
+    the differences are exact, nothing overflows, and bf16 has the exponent range of fp32. Only parts
+    below 2^-133 are lost, and an infinite operand gives NaN. The smallest terms are added first.
+    """
+    if SPLIT_LHS:
+        high = _leading_bf16(lhs)
+        rest = lhs - high
+        middle = _leading_bf16(rest)
+        acc = tl.dot((rest - middle).to(tl.bfloat16), rhs, acc)
+        acc = tl.dot(middle.to(tl.bfloat16), rhs, acc)
+        acc = tl.dot(high.to(tl.bfloat16), rhs, acc)
+    elif SPLIT_RHS:
+        high = _leading_bf16(rhs)
+        rest = rhs - high
+        middle = _leading_bf16(rest)
+        acc = tl.dot(lhs, (rest - middle).to(tl.bfloat16), acc)
+        acc = tl.dot(lhs, middle.to(tl.bfloat16), acc)
+        acc = tl.dot(lhs, high.to(tl.bfloat16), acc)
+    return acc
+
+
+@triton.jit
+def _dot_exact(lhs, rhs, acc, BF16_MMA: tl.constexpr):
+    """acc + lhs @ rhs in fp32 without rounding an operand, whatever the two dtypes are.
+
+    - one 16-bit dtype on both sides: tensor cores, whose products of 16-bit operands are exact;
+    - bf16 with fp32: the fp32 operand in three bf16 terms;
+    - fp16 with fp32: as above, the fp16 operand being two bf16 terms (11 bits are 8 + 3). Scaling
+      the fp32 operand into the range of fp16 instead would need a maximum and lose small values;
+    - anything else, or a GPU without bf16 tensor cores (BF16_MMA false): fp32 multiply-adds.
+    """
+    if lhs.dtype == rhs.dtype and lhs.dtype != tl.float32:
+        acc = tl.dot(lhs, rhs, acc)
+    elif BF16_MMA and lhs.dtype == tl.bfloat16 and rhs.dtype == tl.float32:
+        acc = _dot_terms(lhs, rhs, acc, False, True)
+    elif BF16_MMA and lhs.dtype == tl.float32 and rhs.dtype == tl.bfloat16:
+        acc = _dot_terms(lhs, rhs, acc, True, False)
+    elif BF16_MMA and lhs.dtype == tl.float16 and rhs.dtype == tl.float32:
+        wide = lhs.to(tl.float32)
+        high = _leading_bf16(wide)
+        acc = _dot_terms((wide - high).to(tl.bfloat16), rhs, acc, False, True)
+        acc = _dot_terms(high.to(tl.bfloat16), rhs, acc, False, True)
+    elif BF16_MMA and lhs.dtype == tl.float32 and rhs.dtype == tl.float16:
+        wide = rhs.to(tl.float32)
+        high = _leading_bf16(wide)
+        acc = _dot_terms(lhs, (wide - high).to(tl.bfloat16), acc, True, False)
+        acc = _dot_terms(lhs, high.to(tl.bfloat16), acc, True, False)
+    else:
+        acc = tl.dot(lhs.to(tl.float32), rhs.to(tl.float32), acc, input_precision="ieee")
+    return acc
+
+
+# Floor: read M K of x once, R K of A (stays in L2), write 4 M R; 2 M K R operations: at rank 16 in
+# bf16 16 operations per byte, far below the ridge of any GPU, so the tile is chosen for bytes in
+# flight: a tall block of x by the whole (padded) rank, several stages deep. With few row blocks the
+# features are split as well, to fill the multiprocessors; the partial sums are then M R each.
+@triton.jit(do_not_specialize=["M", "branch", "threshold", "row_offset"])
+def _lora_down_kernel(
+    x_ptr,  # [M, K], columns adjacent
+    a_ptr,  # [R, K] by strides
+    t_ptr,  # [M, R] fp32, or [splits, M, R] if PARTIAL
+    scale,
+    scale_ptr,  # 0-d or None
+    seed_ptr,  # 0-d int64 or None
+    threshold,
+    branch,
+    row_offset: tl.int64,
+    M,
+    K,
+    stride_xm: tl.int64,
+    stride_ar,
+    stride_ak,
+    k_per_split,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BF16_MMA: tl.constexpr,
+):
+    rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    # Programs that read the same rows of x are neighbours, so that the second read hits L2.
+    pid_m = tl.program_id(0) // rank_blocks
+    pid_r = tl.program_id(0) % rank_blocks
+    pid_k = tl.program_id(1)
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_m = rows < M
+    inside_r = ranks < R
+    x_rows = x_ptr + rows[:, None] * stride_xm
+    a_columns = a_ptr + ranks.to(tl.int64)[None, :] * stride_ar
+    if HAS_DROPOUT:
+        key0, key1 = load_philox_key(seed_ptr)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    k_begin = pid_k * k_per_split
+    k_end = tl.minimum(k_begin + k_per_split, K)
+    for k0 in range(k_begin, k_end, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        inside_k = k < K
+        x = tl.load(x_rows + k[None, :], mask=inside_m[:, None] & inside_k[None, :], other=0.0)
+        a = tl.load(
+            a_columns + k.to(tl.int64)[:, None] * stride_ak,
+            mask=inside_k[:, None] & inside_r[None, :],
+            other=0.0,
+        )
+        if HAS_DROPOUT:
+            keep = keep_mask(
+                rows + row_offset, k0, key0, key1, branch, threshold, BLOCK_M, BLOCK_K
+            )
+            x = tl.where(keep, x, 0.0)
+        acc = _dot_exact(x, a, acc, BF16_MMA)
+    if PARTIAL:
+        t_ptr += pid_k.to(tl.int64) * M * R
+    else:
+        if scale_ptr is not None:
+            scale = scale * tl.load(scale_ptr).to(tl.float32)
+        acc = acc * scale
+    tl.store(
+        t_ptr + rows[:, None] * R + ranks[None, :], acc, mask=inside_m[:, None] & inside_r[None, :]
+    )
+
+
+# Floor: write M N of y0 once; T (4 M R) and B (N R) are small and stay in L2; 2 M N R operations.
+# Write-only: nothing to keep in flight, so one tile per program with the whole rank in one or two
+# steps, and enough columns per row for full 128-byte lines. Programs that share rows of T are
+# neighbours.
+@triton.jit(do_not_specialize=["M", "branch", "threshold", "row_offset"])
+def _lora_up_kernel(
+    t_ptr,  # [M, R] fp32
+    b_ptr,  # [N, R] by strides
+    bias_ptr,  # [N] or None
+    y_ptr,  # [M, N]
+    seed_ptr,  # 0-d int64 or None
+    threshold,
+    branch,
+    row_offset: tl.int64,
+    M,
+    N,
+    stride_bn,
+    stride_br,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BF16_MMA: tl.constexpr,
+):
+    column_blocks = tl.cdiv(N, BLOCK_N)
+    pid_m = tl.program_id(0) // column_blocks
+    pid_n = tl.program_id(0) % column_blocks
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_m = rows < M
+    inside_n = columns < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        ranks = r0 + tl.arange(0, BLOCK_R)
+        inside_r = ranks < R
+        t = tl.load(
+            t_ptr + rows[:, None] * R + ranks[None, :],
+            mask=inside_m[:, None] & inside_r[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr
+            + ranks.to(tl.int64)[:, None] * stride_br
+            + columns.to(tl.int64)[None, :] * stride_bn,
+            mask=inside_r[:, None] & inside_n[None, :],
+            other=0.0,
+        )
+        acc = _dot_exact(t, b, acc, BF16_MMA)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
+        acc = acc + bias.to(tl.float32)[None, :]
+    y = acc.to(y_ptr.dtype.element_ty)
+    if HAS_DROPOUT:
+        key0, key1 = load_philox_key(seed_ptr)
+        keep = keep_mask(
+            rows + row_offset, pid_n * BLOCK_N, key0, key1, branch, threshold, BLOCK_M, BLOCK_N
+        )
+        y = tl.where(keep, y, 0.0)
+    tl.store(
+        y_ptr + rows[:, None] * N + columns[None, :], y, mask=inside_m[:, None] & inside_n[None, :]
+    )
+
+
+# Floor: read M K of x once and 4 M R of D (L2), write R K; 2 M K R operations. x is the right operand,
+# as it lies in memory: transposed to the left, its copy to shared memory would not be asynchronous
+# before Hopper. The rows are split to fill the multiprocessors; partial sums are 4 R K each.
+@triton.jit(do_not_specialize=["M", "branch", "threshold", "row_offset"])
+def _lora_weight_grad_kernel(
+    x_ptr,  # [M, K], columns adjacent
+    d_ptr,  # [M, R] fp32
+    out_ptr,  # [R, K] by strides, or [splits, R, K] fp32 if PARTIAL
+    seed_ptr,  # 0-d int64 or None
+    threshold,
+    branch,
+    row_offset: tl.int64,
+    M,
+    K,
+    stride_xm: tl.int64,
+    stride_or,
+    stride_ok,
+    rows_per_split,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    BF16_MMA: tl.constexpr,
+):
+    rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    pid_k = tl.program_id(0) // rank_blocks
+    pid_r = tl.program_id(0) % rank_blocks
+    pid_m = tl.program_id(1)
+    k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    ranks = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside_k = k < K
+    inside_r = ranks < R
+    if HAS_DROPOUT:
+        key0, key1 = load_philox_key(seed_ptr)
+    acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    m_begin = pid_m.to(tl.int64) * rows_per_split
+    m_end = tl.minimum(m_begin + rows_per_split, M)
+    for m0 in range(m_begin, m_end, BLOCK_M):
+        rows = m0 + tl.arange(0, BLOCK_M)
+        inside_m = rows < M
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + k[None, :],
+            mask=inside_m[:, None] & inside_k[None, :],
+            other=0.0,
+        )
+        d = tl.load(
+            d_ptr + rows[None, :] * R + ranks[:, None],
+            mask=inside_m[None, :] & inside_r[:, None],
+            other=0.0,
+        )
+        if HAS_DROPOUT:
+            keep = keep_mask(
+                rows + row_offset,
+                pid_k * BLOCK_K,
+                key0,
+                key1,
+                branch,
+                threshold,
+                BLOCK_M,
+                BLOCK_K,
+            )
+            x = tl.where(keep, x, 0.0)
+        acc = _dot_exact(d, x, acc, BF16_MMA)
+    if PARTIAL:
+        out_ptr += pid_m.to(tl.int64) * K * R
+    tl.store(
+        out_ptr + ranks.to(tl.int64)[:, None] * stride_or + k.to(tl.int64)[None, :] * stride_ok,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside_r[:, None] & inside_k[None, :],
+    )
+
+
+# Floor: read M N of dY once, T and B from L2, write the partial sums: 4 M R per block of columns and
+# 4 N R per block of rows. At rank 16 in bf16 with 256 columns and 1024 rows per program these add
+# 13 % and 3 % to the traffic of dY, against 100 % for a second read. 4 M N R operations. The long
+# axis of each program is the rows, so that dB accumulates in registers.
+@triton.jit(do_not_specialize=["M"])
+def _lora_up_backward_kernel(
+    dy_ptr,  # [M, N], columns adjacent
+    t_ptr,  # [M, R] fp32
+    b_ptr,  # [N, R]
+    d_ptr,  # [column blocks, M, R] fp32
+    db_ptr,  # [row blocks, N, R] fp32, or [N, R] if there is one row block
+    scale,  # applied to D only if there is one column block
+    scale_ptr,
+    M,
+    N,
+    stride_dym: tl.int64,
+    rows_per_program,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTIAL_D: tl.constexpr,
+    BF16_MMA: tl.constexpr,
+):
+    pid_m = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    inside_n = columns < N
+    inside_r = ranks < R
+    of_b = columns.to(tl.int64)[:, None] * R + ranks[None, :]
+    inside_b = inside_n[:, None] & inside_r[None, :]
+    b = tl.load(b_ptr + of_b, mask=inside_b, other=0.0)
+    if PARTIAL_D:
+        d_ptr += pid_n.to(tl.int64) * M * R
+        factor = 1.0
+    else:
+        factor = scale
+        if scale_ptr is not None:
+            factor = scale * tl.load(scale_ptr).to(tl.float32)
+    db = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+    m_begin = pid_m.to(tl.int64) * rows_per_program
+    m_end = tl.minimum(m_begin + rows_per_program, M)
+    for m0 in range(m_begin, m_end, BLOCK_M):
+        rows = m0 + tl.arange(0, BLOCK_M)
+        inside_m = rows < M
+        dy = tl.load(
+            dy_ptr + rows[:, None] * stride_dym + columns[None, :],
+            mask=inside_m[:, None] & inside_n[None, :],
+            other=0.0,
+        )
+        of_t = rows[:, None] * R + ranks[None, :]
+        inside_t = inside_m[:, None] & inside_r[None, :]
+        t = tl.load(t_ptr + of_t, mask=inside_t, other=0.0)
+        d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        d = _dot_exact(dy, b, d, BF16_MMA)
+        tl.store(d_ptr + of_t, d * factor, mask=inside_t)
+        db = _dot_exact(tl.trans(t), dy, db, BF16_MMA)
+    db_ptr += pid_m.to(tl.int64) * N * R
+    tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
+
+
+# Floor: read 4 * splits * numel, write numel. The order of addition is fixed: split 0, 1, 2, ...
+@triton.jit(do_not_specialize=["splits"])
+def _sum_partials_kernel(
+    partial_ptr,  # [splits, numel] fp32
+    out_ptr,  # [numel]
+    scale,
+    scale_ptr,  # 0-d or None
+    numel,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(splits):
+        acc += tl.load(partial_ptr + i, mask=inside, other=0.0)
+        partial_ptr += numel
+    if scale_ptr is not None:
+        scale = scale * tl.load(scale_ptr).to(tl.float32)
+    tl.store(out_ptr + i, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _sum_partials(
+    partial: Tensor,  # [splits, ...] fp32
+    out: Tensor,  # [...]
+    scale: float = 1.0,
+    scale_tensor: Tensor | None = None,
+) -> None:
+    block = 1024
+    _sum_partials_kernel[(divide_up(out.numel(), block),)](
+        partial, out, scale, scale_tensor, out.numel(), partial.shape[0], BLOCK=block, num_warps=4, enable_fp_fusion=True
+    )
+
+
+def _block_r(rank: int) -> int:
+    # 16 is the least a tensor-core product accepts on every axis.
+    return min(max(next_power_of_2(rank), 16), MAX_BLOCK_R)
+
+
+def _down(
+    x: Tensor,  # [M, K]
+    a: Tensor,  # [R, K], any strides
+    scale: float,
+    scale_tensor: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    branch: int,
+    row_offset: int,
+) -> Tensor:  # [M, R] fp32
+    m, k = x.shape
+    r = a.shape[0]
+    t = x.new_empty((m, r), dtype=torch.float32)
+    if m == 0:
+        return t
+    gpu = gpu_of(x)
+    block_r = _block_r(r)
+    arithmetic = arithmetic_of(gpu, x.dtype, a.dtype)
+    tile = down_tile(gpu.capability, arithmetic, x.element_size(), block_r, threshold > 0)
+    programs = divide_up(m, tile.rows) * divide_up(r, block_r)
+    # Two programs per multiprocessor; a split shorter than 512 features costs more than it fills.
+    splits = min(divide_up(2 * gpu.multiprocessors, programs), 8, max(k // 512, 1))
+    k_per_split = divide_up(divide_up(k, splits), tile.columns) * tile.columns
+    splits = divide_up(k, k_per_split)
+    out = t if splits == 1 else x.new_empty((splits, m, r), dtype=torch.float32)
+    with launch_device(x):
+        _lora_down_kernel[(programs, splits)](
+            x,
+            a,
+            out,
+            scale,
+            scale_tensor,
+            seed if threshold > 0 else None,
+            threshold,
+            branch,
+            row_offset,
+            m,
+            k,
+            x.stride(0),
+            a.stride(0),
+            a.stride(1),
+            k_per_split,
+            R=r,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_K=tile.columns,
+            HAS_DROPOUT=threshold > 0,
+            PARTIAL=splits > 1,
+            BF16_MMA=gpu.capability >= 80,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+        if splits > 1:
+            _sum_partials(out, t, scale, scale_tensor)
+    return t
+
+
+def _up(
+    t: Tensor,  # [M, R] fp32
+    b: Tensor,  # [N, R], any strides
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    seed: Tensor | None,
+    threshold: int,
+    branch: int,
+    row_offset: int,
+) -> Tensor:  # [M, N]
+    m, r = t.shape
+    n = b.shape[0]
+    y = t.new_empty((m, n), dtype=out_dtype)
+    if m == 0:
+        return y
+    gpu = gpu_of(t)
+    block_r = min(_block_r(r), 64)
+    arithmetic = arithmetic_of(gpu, t.dtype, b.dtype)
+    tile = up_tile(gpu.capability, arithmetic, y.element_size(), block_r, threshold > 0)
+    with launch_device(t):
+        _lora_up_kernel[(divide_up(m, tile.rows) * divide_up(n, tile.columns),)](
+            t,
+            b,
+            bias,
+            y,
+            seed if threshold > 0 else None,
+            threshold,
+            branch,
+            row_offset,
+            m,
+            n,
+            b.stride(0),
+            b.stride(1),
+            R=r,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            HAS_DROPOUT=threshold > 0,
+            BF16_MMA=gpu.capability >= 80,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+def _weight_grad(
+    x: Tensor,  # [M, K]
+    d: Tensor,  # [M, R] fp32
+    out: Tensor,  # [R, K], dense in either order; overwritten
+    seed: Tensor | None,
+    threshold: int,
+    branch: int,
+    row_offset: int,
+) -> None:
+    m, k = x.shape
+    r = d.shape[1]
+    if m == 0:
+        out.zero_()
+        return
+    gpu = gpu_of(x)
+    block_r = _block_r(r)
+    arithmetic = arithmetic_of(gpu, x.dtype, d.dtype)
+    tile = weight_grad_tile(gpu.capability, arithmetic, x.element_size(), block_r, threshold > 0)
+    programs = divide_up(k, tile.columns) * divide_up(r, block_r)
+    # As in `_down`: fill the multiprocessors twice, with at least 256 rows per program.
+    splits = min(divide_up(2 * gpu.multiprocessors, programs), 16, max(m // 256, 1))
+    rows_per_split = divide_up(divide_up(m, splits), tile.rows) * tile.rows
+    splits = divide_up(m, rows_per_split)
+    # The partial sums repeat the memory order of `out`, so that adding them is element by element.
+    partial = out if splits == 1 else out.new_empty((splits, r * k), dtype=torch.float32)
+    with launch_device(x):
+        _lora_weight_grad_kernel[(programs, splits)](
+            x,
+            d,
+            partial,
+            seed if threshold > 0 else None,
+            threshold,
+            branch,
+            row_offset,
+            m,
+            k,
+            x.stride(0),
+            out.stride(0),
+            out.stride(1),
+            rows_per_split,
+            R=r,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_K=tile.columns,
+            HAS_DROPOUT=threshold > 0,
+            PARTIAL=splits > 1,
+            BF16_MMA=gpu.capability >= 80,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+        if splits > 1:
+            _sum_partials(partial, out)
+
+
+def _up_backward_pair(
+    dy: Tensor,  # [M, N]
+    t: Tensor,  # [M, R] fp32
+    b: Tensor,  # [N, R]
+    scale: float,
+    scale_tensor: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # [M, R] fp32, [N, R]
+    m, n = dy.shape
+    r = b.shape[1]
+    d = torch.empty_like(t)
+    db = torch.empty_like(b)
+    gpu = gpu_of(dy)
+    block_r = _block_r(r)
+    # The accumulator of dB fixes the arithmetic of both products as far as resources go.
+    arithmetic = arithmetic_of(gpu, dy.dtype, t.dtype)
+    tile = pair_tile(gpu.capability, arithmetic, dy.element_size(), block_r)
+    column_blocks = divide_up(n, tile.columns)
+    # As many row blocks as fill the multiprocessors twice, of 128 to 1024 rows.
+    wanted = max(2 * gpu.multiprocessors // column_blocks, 1)
+    rows = min(max(divide_up(m, wanted), 128), 1024)
+    rows_per_program = divide_up(rows, tile.rows) * tile.rows
+    row_blocks = divide_up(m, rows_per_program)
+    d_out = d if column_blocks == 1 else d.new_empty((column_blocks, m, r))
+    db_out = db if row_blocks == 1 else d.new_empty((row_blocks, n, r))
+    with launch_device(dy):
+        _lora_up_backward_kernel[(row_blocks, column_blocks)](
+            dy,
+            t,
+            b,
+            d_out,
+            db_out,
+            scale,
+            scale_tensor,
+            m,
+            n,
+            dy.stride(0),
+            rows_per_program,
+            R=r,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            PARTIAL_D=column_blocks > 1,
+            BF16_MMA=gpu.capability >= 80,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+        if column_blocks > 1:
+            _sum_partials(d_out, d, scale, scale_tensor)
+        if row_blocks > 1:
+            _sum_partials(db_out, db)
+    return d, db
+
+
+def lora_down(
+    x: Tensor,  # [M, K] fp32 / bf16 / fp16, unit column stride
+    a: Tensor,  # [R, K] fp32 / bf16 / fp16
+    scale: float,
+    scale_tensor: Tensor | None,  # 0-d, or None for 1
+    *,
+    seed: Tensor | None,  # 0-d int64; unused if threshold is 0
+    threshold: int,  # 0 .. 65536: a lane below it is dropped
+    branch: int,
+    row_offset: int = 0,
+) -> Tensor:
+    """-> t [M, R] fp32 = scale * scale_tensor * (x * keep) a^T."""
+    return _down(x, a, float(scale), scale_tensor, seed, threshold, branch, row_offset)
+
+
+def lora_up(
+    t: Tensor,  # [M, R] fp32, contiguous
+    b: Tensor,  # [N, R] fp32 / bf16 / fp16, contiguous
+    bias: Tensor | None,  # [N], any of the dtypes
+    *,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """-> y0 [M, N] in `out_dtype` = bias + t b^T, accumulated in fp32 and rounded once."""
+    return _up(t, b, bias, out_dtype, None, 0, 0, 0)
+
+
+def lora_up_backward(
+    dy: Tensor,  # [M, N] fp32 / bf16 / fp16, unit column stride
+    t: Tensor | None,  # [M, R] fp32, contiguous; may be None if db is not needed
+    b: Tensor,  # [N, R], contiguous
+    scale: float,
+    scale_tensor: Tensor | None,  # 0-d, or None for 1
+    *,
+    need_d: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> d [M, R] fp32 = scale * scale_tensor * dy b, and db [N, R] in b.dtype = dy^T t."""
+    if need_d and need_db and b.shape[1] <= MAX_RANK_OF_FUSED_PAIR and dy.shape[0] > 0:
+        return _up_backward_pair(dy, t, b, float(scale), scale_tensor)
+    d = _down(dy, b.t(), float(scale), scale_tensor, None, 0, 0, 0) if need_d else None
+    db = None
+    if need_db:
+        db = torch.empty_like(b)
+        _weight_grad(dy, t, db.t(), None, 0, 0, 0)
+    return d, db
+
+
+def lora_down_backward(
+    d: Tensor,  # [M, R] fp32, contiguous
+    a: Tensor,  # [R, K], contiguous
+    x: Tensor | None,  # [M, K], unit column stride; may be None if da is not needed
+    *,
+    seed: Tensor | None,  # 0-d int64; unused if threshold is 0
+    threshold: int,
+    branch: int,
+    row_offset: int = 0,
+    dx_dtype: torch.dtype,
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """-> dx0 [M, K] in `dx_dtype` = keep * (d a), and da [R, K] in a.dtype = d^T (x * keep)."""
+    dx = None
+    if need_dx:
+        dx = _up(d, a.t(), None, dx_dtype, seed, threshold, branch, row_offset)
+    da = None
+    if need_da:
+        da = torch.empty_like(a)
+        _weight_grad(x, d, da, seed, threshold, branch, row_offset)
+    return dx, da
