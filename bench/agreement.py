@@ -42,6 +42,11 @@ def assert_agreement(
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that get a gradient, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 @contextmanager
 def dropout_off(*models: nn.Module) -> Iterator[None]:
     """Every ``nn.Dropout`` keeps everything: random masks cannot be compared across variants."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture
 def paired(request: pytest.FixtureRequest, benchmark, record, device) -> Callable[..., None]:
-    """``paired(stock, fasttune, stock_result, ...)``: compares the results, then times the steps.
+    """``paired(stock, fasttune, check=, dtype=, ...)``: compares the results, then times the steps.
+
+    ``check`` returns the named tensors of stock, fasttune and the truth for ``assert_agreement``;
+    further keywords are facts about the case that go into the JSON.
 
     pytest-benchmark times the fasttune step and shows it in its table; the stock step runs before
     or after it, outside its clock, and goes to ``extra_info`` with the ratio.
@@ -99,6 +103,7 @@ def paired(request: pytest.FixtureRequest, benchmark, record, device) -> Callabl
             stock_s: list[float] = []
 
             def before() -> None:
+                gc.collect()  # what the pair before left, outside the clock
                 if order[len(stock_s)]:
                     stock_s.append(timed(stock))
 

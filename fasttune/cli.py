@@ -57,13 +57,12 @@ def _run(options: DemoOptions) -> int:
     """Imports what is heavy only once the cheap checks are done."""
     from rich.console import Console
 
-    from fasttune.demo.data import read_samples
+    from fasttune.demo.data import load_data
     from fasttune.demo.options import DemoError
     from fasttune.demo.output import check_replaceable
 
-    if options.data is not None:
-        read_samples(options.data)
     check_replaceable(options.out)
+    samples = load_data(options)
     try:
         from fasttune.demo.handle import WorkerDied
         from fasttune.demo.runner import run_demo
@@ -72,7 +71,7 @@ def _run(options: DemoOptions) -> int:
             f"{error.name} is not installed; run: pip install 'fasttune[demo]'"
         ) from None
     try:
-        return run_demo(options, Console())
+        return run_demo(options, samples, Console())
     except WorkerDied as error:
         raise _fail(str(error), WORKER_ERROR) from None
 
@@ -117,8 +116,8 @@ def demo(
 ) -> None:
     """Fine-tune stock and patched side by side: speed, memory, loss, and a LoRA adapter to keep.
 
-    Exit status: 0, 1 if a worker failed, 2 for a problem with the input, 130 after Ctrl-C (which saves the
-    adapter as it is).
+    Exit status: 0, 1 if a worker failed, 2 for a problem with the input, 130 after Ctrl-C (which
+    saves the adapter as it is).
     """
     from fasttune.demo.options import DemoError, DemoOptions
 

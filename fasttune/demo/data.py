@@ -1,7 +1,7 @@
 """Reads training samples from a JSON-lines file. Five formats, recognised line by line:
 
 - ``messages``: ``{"messages": [{"role": ..., "content": ...}, ...]}``
-- prompt and completion: ``{"prompt": ..., "completion": ...}``, two strings or two lists of messages
+- prompt and completion: ``{"prompt": ..., "completion": ...}``, strings or lists of messages
 - plain text: ``{"text": ...}``, every token is trained
 - Alpaca: ``{"instruction": ..., "input": ..., "output": ...}``, ``input`` may be missing or empty
 - ShareGPT: ``{"conversations": [{"from": "human" | "gpt" | "system", "value": ...}, ...]}``
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fasttune.demo.options import DemoError
+from fasttune.demo.options import DemoError, DemoOptions
+from fasttune.demo.packaged import DATA_FILE, DATA_PACKAGE, packaged_file
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -66,6 +67,10 @@ def _text(value: Any, name: str) -> str:
         raise _Malformed(f"{name} must be a string, not {type(value).__name__}")
     if not value.strip():
         raise _Malformed(f"{name} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Malformed(f"{name} has half a surrogate pair, which is no character") from None
     return value
 
 
@@ -90,8 +95,15 @@ def _conversation(
         raise _Malformed(f"{name} must be a list, not {type(value).__name__}")
     known = roles or {role: role for role in ROLES}
     return tuple(
-        _turn(turn, f"{name}[{i}]", role_key, text_key, known) for i, turn in enumerate(value)
+        _turn(turn, f"{name}[{i}]", role_key, text_key, known)
+        for i, turn in enumerate(value)
+        if not _is_empty_system(turn, role_key, text_key)
     )
+
+
+def _is_empty_system(turn: Any, role_key: str, text_key: str) -> bool:
+    """Many files carry an empty system turn, which says nothing."""
+    return isinstance(turn, dict) and turn.get(role_key) == "system" and turn.get(text_key) == ""
 
 
 def _from_messages(row: dict[str, Any], line: int) -> Sample:
@@ -154,10 +166,8 @@ def parse_line(source: str, line: int) -> Sample:
         raise ValueError("not valid JSON: nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"must be a JSON object, not {type(row).__name__}")
-    for keys, read in _READERS:
-        if keys <= row.keys():
-            break
-    else:
+    read = next((read for keys, read in _READERS if keys <= row.keys()), None)
+    if read is None:
         found = ", ".join(map(str, list(row)[:6])) or "none"
         raise ValueError(f"unknown format (keys: {found}); expected {FORMATS}")
     try:
@@ -197,3 +207,12 @@ def read_samples(path: Path) -> list[Sample]:
         count = "no samples" if not samples else "only one sample"
         raise DemoError(f"{path} has {count}; at least two are needed, one of them to hold out")
     return samples
+
+
+def load_data(options: DemoOptions) -> list[Sample]:
+    """The user's samples, or the packaged ones.
+
+    Raises:
+        DemoError: as `read_samples`, or the data package is not installed.
+    """
+    return read_samples(options.data or packaged_file(DATA_PACKAGE, DATA_FILE))

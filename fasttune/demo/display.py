@@ -30,7 +30,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """One message."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, text: str) -> Iterator[None]:

@@ -118,8 +118,8 @@ def _answered_turn(sample: Sample) -> int | None:
 def encode_prompt(tokenizer: Any, sample: Sample) -> tuple[list[int], str]:
     """The tokens to generate from, and the reference answer.
 
-    For a conversation: what precedes its first answer. Where there is nothing to answer (plain text):
-    the first quarter of the tokens.
+    For a conversation: what precedes its first answer. Where there is nothing to answer (plain
+    text): the first quarter of the tokens.
     """
     turn = _answered_turn(sample)
     if turn is not None:
@@ -189,8 +189,8 @@ def split_samples(
             kept.append((sample, example))
     if len(kept) < 2:
         raise DemoError(
-            f"only {len(kept)} of {len(samples)} samples have an answer within --seq-len {seq_len}; "
-            "two are needed, so raise --seq-len"
+            f"only {len(kept)} of {len(samples)} samples have an answer within --seq-len {seq_len}"
+            "; two are needed, so raise --seq-len"
         )
     random.Random(seed).shuffle(kept)
     n_held_out = max(1, min(MAX_HELD_OUT, round(HELD_OUT_SHARE * len(kept))))
@@ -224,8 +224,8 @@ def training_order(examples: Sequence[Example], count: int, seed: int) -> list[E
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Pads to the longest row of the batch, on the right.
 
-    Returns ``input_ids`` and ``labels`` (int64, [batch, longest]) and either ``attention_mask`` or, for
-    packed rows, ``position_ids``; padding of a packed row counts as one more sample.
+    Returns ``input_ids`` and ``labels`` (int64, [batch, longest]) and either ``attention_mask`` or,
+    for packed rows, ``position_ids``; padding of a packed row counts as one more sample.
     """
     longest = max(example.n_tokens for example in examples)
 

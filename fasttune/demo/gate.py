@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from fasttune.demo.memory import MemoryMeter
-from fasttune.demo.protocol import BlockDone, Command, Event, Go, Halt, StepDone
+from fasttune.demo.protocol import BlockDone, Command, Event, Go, Halt, Quit, StepDone
 
 
 class Halted(Exception):
@@ -51,7 +51,7 @@ class GateCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._granted == 0:
             command = self._receive()
-            if isinstance(command, Halt):
+            if isinstance(command, Halt | Quit):
                 raise Halted
             if not isinstance(command, Go):
                 raise RuntimeError(f"expected Go or Halt, not {command}")

@@ -27,8 +27,8 @@ class WorkerDied(Exception):
 def worker_environment(device: str) -> Iterator[None]:
     """The environment that both workers inherit, the same for both.
 
-    One visible GPU, or the Trainer would use all of them; no progress bars; and OpenMP threads that
-    sleep between parallel regions, because spinning threads of the waiting worker would slow the other.
+    One visible GPU, or the Trainer would use all of them; no progress bars; and OpenMP threads
+    that sleep between parallel regions, because those of the waiting worker would slow the other.
     """
     saved = dict(os.environ)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

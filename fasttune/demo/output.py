@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from fasttune.demo.interrupt import ctrl_c_ignored
 from fasttune.demo.options import DemoError
 
 ADAPTER = "adapter"
@@ -27,7 +28,7 @@ def _is_earlier_output(folder: Path) -> bool:
 
 
 def check_replaceable(out: Path) -> None:
-    """An output may go where there is nothing, an empty folder, or an earlier output and nothing else.
+    """An output may replace nothing, an empty folder, or an earlier output without other files.
 
     Raises:
         DemoError: something else is there.
@@ -80,7 +81,8 @@ class OutputFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)
+        with ctrl_c_ignored():
+            shutil.rmtree(self._work, ignore_errors=True)
 
     def commit(self) -> None:
         """Moves the files to their place.

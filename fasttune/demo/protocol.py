@@ -1,9 +1,9 @@
 """What the parent and a worker say to each other over their pipe.
 
-The parent sends one command and waits for its answer. During ``Train`` the worker works only while it
-holds a ``Go``: it sends a ``StepDone`` per step, a ``BlockDone`` when the granted steps are used up,
-and then waits, blocked on the pipe. ``Halt`` ends training after the current step and is ignored
-outside of training. Times in seconds, sizes in bytes.
+The parent sends one command and waits for its answer. During ``Train`` the worker works only while
+it holds a ``Go``: it sends a ``StepDone`` per step, a ``BlockDone`` when the granted steps are used
+up, and then waits, blocked on the pipe. ``Halt`` ends training after the current step and is
+ignored outside of training. Times in seconds, sizes in bytes.
 """
 
 from __future__ import annotations

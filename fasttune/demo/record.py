@@ -31,7 +31,7 @@ class WorkerRecord:
         return max(self.block_peaks_bytes, default=None)
 
     def tokens_per_s(self, step_tokens: list[int]) -> float | None:
-        """Non-padding tokens of the steps done, by the time they took. ``step_tokens[0]`` is step 1."""
+        """Non-padding tokens of the steps done, by their time. ``step_tokens[0]`` is step 1."""
         seconds = sum(step.seconds for step in self.steps)
         return sum(step_tokens[: len(self.steps)]) / seconds if seconds > 0 else None
 

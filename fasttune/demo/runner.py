@@ -6,17 +6,18 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from fasttune.demo import model as models
-from fasttune.demo import report
-from fasttune.demo.data import Sample, read_samples
+from fasttune.demo import packaged, report
+from fasttune.demo.data import Sample
 from fasttune.demo.display import Display
 from fasttune.demo.encode import Split, split_samples, training_order
 from fasttune.demo.handle import WorkerHandle, worker_environment
-from fasttune.demo.interrupt import Interrupted, InterruptFlag, sigterm_as_ctrl_c
+from fasttune.demo.interrupt import Interrupted, InterruptFlag, ctrl_c_ignored, sigterm_as_ctrl_c
 from fasttune.demo.options import DEFAULT_STEPS, DemoOptions
 from fasttune.demo.output import ADAPTER, PLOT, RESULT, OutputFolder
 from fasttune.demo.protocol import (
@@ -61,7 +62,7 @@ class DemoRun:
     """The phases of one run. The caller closes the workers."""
 
     def __init__(
-        self, options: DemoOptions, folder: OutputFolder, display: Display, task: Task
+        self, options: DemoOptions, folder: OutputFolder, display: Display, task: Task, model: str
     ) -> None:
         self._options = options
         self._folder = folder
@@ -73,7 +74,7 @@ class DemoRun:
         self.workers: dict[str, WorkerHandle] = {}
         self.flag = InterruptFlag()
         self.record = RunRecord(
-            model="",
+            model=model,
             device=task.device,
             hardware=report.hardware_name(task.device),
             dtype=task.dtype,
@@ -92,7 +93,6 @@ class DemoRun:
 
     def start(self, source: models.ModelSource) -> None:
         """Starts both workers, which load their models at the same time."""
-        self.record.model = source.name
         for name in WORKERS:
             spec = WorkerSpec(
                 name=name,
@@ -106,9 +106,7 @@ class DemoRun:
                 log=str(self._folder.scratch / f"{name}.log"),
             )
             with worker_environment(self._task.device):
-                self.workers[name] = WorkerHandle(
-                    spec, lambda text, name=name: self._notice(name, text)
-                )
+                self.workers[name] = WorkerHandle(spec, partial(self._notice, name))
         for name in WORKERS:
             ready = self.workers[name].expect(Ready)
             self.record.parameters, self.record.trainable = ready.parameters, ready.trainable
@@ -219,10 +217,8 @@ class DemoRun:
         """After Ctrl-C: ends the patched worker's current step and saves; returns its steps."""
         self.record.interrupted = True
         worker, record = self.workers["patched"], self.record.workers["patched"]
-        self.workers["stock"].close()
-        worker.send(Halt())
-        if not self.record.step_tokens:
-            return 0
+        for halted in (worker, self.workers["stock"]):
+            halted.send(Halt())
         worker.send(Save(str(self._folder.files / ADAPTER)))
         while not isinstance(event := worker.receive(), Saved):
             if isinstance(event, StepDone):
@@ -243,12 +239,6 @@ def _question(sample: Sample, task: Task) -> str:
     return str(task.tokenizer.decode(task.split.prompt_ids, skip_special_tokens=True))
 
 
-def read_data(options: DemoOptions) -> list[Sample]:
-    """The user's samples, or the packaged ones."""
-    path = options.data or models.packaged_file(models.DATA_PACKAGE, models.DATA_FILE)
-    return read_samples(path)
-
-
 def _prepare(options: DemoOptions, samples: list[Sample], source: models.ModelSource) -> Task:
     models.quiet_transformers()
     device = models.resolve_device(options.device)
@@ -264,11 +254,12 @@ def _closing(run: DemoRun) -> Iterator[None]:
     try:
         yield
     finally:
-        for worker in run.workers.values():
-            worker.close()
+        with ctrl_c_ignored():
+            for worker in run.workers.values():
+                worker.close()
 
 
-def run_demo(options: DemoOptions, console: Console) -> int:
+def run_demo(options: DemoOptions, samples: list[Sample], console: Console) -> int:
     """Runs the demo and returns the exit status: 0, or 130 after Ctrl-C.
 
     Raises:
@@ -278,15 +269,14 @@ def run_demo(options: DemoOptions, console: Console) -> int:
     """
     sigterm_as_ctrl_c()
     display = Display(console)
-    samples = read_data(options)
     source = models.find_model(options.model)
     with OutputFolder(options.out) as folder:
         started = time.perf_counter()
         with display.phase(f"Reading the data with the tokenizer of {source.name}"):
             task = _prepare(options, samples, source)
-        run = DemoRun(options, folder, display, task)
-        run.record.data = models.DATA_CREDIT if options.data is None else options.data.name
-        run.record.data_license = models.DATA_LICENSE if options.data is None else None
+        run = DemoRun(options, folder, display, task, source.name)
+        run.record.data = packaged.DATA_CREDIT if options.data is None else options.data.name
+        run.record.data_license = packaged.DATA_LICENSE if options.data is None else None
         _introduce(run.record, display)
         with _closing(run):
             with display.phase("Loading the model into two processes, stock and patched"):
@@ -316,6 +306,7 @@ def _measure(
         run.evaluate_before()
     now = time.perf_counter()
     steps = run.plan(pair_s, now - started, now - before)
+    done = steps
     with run.flag:
         try:
             run.train(steps)

@@ -370,9 +370,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, weight, bias, targets, factors[:k], factors[k:], list(scaling_tensors), list(scalings),
             list(thresholds), seed, dtype, list(options), stats, needs,
         )  # fmt: skip
-        run = FORWARD.registered if _registry.must_dispatch(tensors) else FORWARD.select(*args).run
+        ctx.backend = None if _registry.must_dispatch(tensors) else FORWARD.select(*args)
+        run = FORWARD.registered if ctx.backend is None else ctx.backend.run
         loss, correct, entropy, grads = run(*args)
         ctx.save_for_backward(*grads)
+        ctx.saved_bytes = sum(grad.numel() * grad.element_size() for grad in grads)
         ctx.needs = needs
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, *factors)]
         ctx.mark_non_differentiable(correct, entropy)

@@ -404,6 +404,17 @@ def _always(*args: Any) -> str | None:
     return None
 
 
+def fast_backend_missing(device_type: str) -> str | None:
+    """Why no backend faster than plain torch serves this device, or None if one does."""
+    if _registry.forced_backend() is not None:
+        return None
+    if device_type == "cpu":
+        return _native.cpu_missing()
+    if device_type == "cuda":
+        return _triton.why_not(())
+    return f"no kernels for device {device_type}"
+
+
 @FORWARD.backend("cpu", _cpu_supports)
 def _fwd_cpu(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
     return _forward_with(_native, *args)
@@ -542,6 +553,8 @@ class _LoraLinear(torch.autograd.Function):
             *scaling_tensors,
         )
         ctx.set_materialize_grads(False)
+        ctx.saved_bytes = sum(t.numel() * t.element_size() for t in ts) if any(need.b) else 0
+        ctx.saved_bytes += x.numel() * x.element_size() if any(need.a) or any(need.w) else 0
         ctx.spec, ctx.needs, ctx.shape, ctx.x_dtype = spec, needs, x.shape, x.dtype
         ctx.widths = [w.shape[0] for w in weights]
         ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]

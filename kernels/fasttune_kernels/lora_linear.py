@@ -22,12 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lora_tables import arithmetic_of, down_tile, pair_tile, up_tile, weight_grad_tile
+from .lora_tables import (
+    arithmetic_of,
+    down_tile,
+    pair_tile,
+    up_block_r,
+    up_tile,
+    weight_grad_tile,
+)
 from .philox import keep_mask, load_philox_key
-from .tables import divide_up, gpu_of, launch_device, next_power_of_2
+from .tables import Tile, divide_up, gpu_of, launch_device, next_power_of_2
 
-# Up to this rank the partial sums of the fused pair cost less than a second read of dY.
-MAX_RANK_OF_FUSED_PAIR = 32
 # Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
 MAX_BLOCK_R = 128
 
@@ -355,13 +360,19 @@ def _lora_up_backward_kernel(
             mask=inside_m[:, None] & inside_n[None, :],
             other=0.0,
         )
-        of_t = rows[:, None] * R + ranks[None, :]
-        inside_t = inside_m[:, None] & inside_r[None, :]
-        t = tl.load(t_ptr + of_t, mask=inside_t, other=0.0)
+        t = tl.load(
+            t_ptr + rows[None, :] * R + ranks[:, None],
+            mask=inside_m[None, :] & inside_r[:, None],
+            other=0.0,
+        )
         d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         d = _dot_exact(dy, b, d, BF16_MMA)
-        tl.store(d_ptr + of_t, d * factor, mask=inside_t)
-        db = _dot_exact(tl.trans(t), dy, db, BF16_MMA)
+        tl.store(
+            d_ptr + rows[:, None] * R + ranks[None, :],
+            d * factor,
+            mask=inside_m[:, None] & inside_r[None, :],
+        )
+        db = _dot_exact(t, dy, db, BF16_MMA)
     db_ptr += pid_m.to(tl.int64) * N * R
     tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
 
@@ -423,7 +434,7 @@ def _down(
     gpu = gpu_of(x)
     block_r = _block_r(r)
     arithmetic = arithmetic_of(gpu, x.dtype, a.dtype)
-    tile = down_tile(gpu.capability, arithmetic, x.element_size(), block_r, threshold > 0)
+    tile = down_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(m, tile.rows) * divide_up(r, block_r)
     # Two programs per multiprocessor; a split shorter than 512 features costs more than it fills.
     splits = min(divide_up(2 * gpu.multiprocessors, programs), 8, max(k // 512, 1))
@@ -479,9 +490,9 @@ def _up(
     if m == 0:
         return y
     gpu = gpu_of(t)
-    block_r = min(_block_r(r), 64)
     arithmetic = arithmetic_of(gpu, t.dtype, b.dtype)
-    tile = up_tile(gpu.capability, arithmetic, y.element_size(), block_r, threshold > 0)
+    block_r = up_block_r(arithmetic, _block_r(r))
+    tile = up_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     with launch_device(t):
         _lora_up_kernel[(divide_up(m, tile.rows) * divide_up(n, tile.columns),)](
             t,
@@ -526,7 +537,7 @@ def _weight_grad(
     gpu = gpu_of(x)
     block_r = _block_r(r)
     arithmetic = arithmetic_of(gpu, x.dtype, d.dtype)
-    tile = weight_grad_tile(gpu.capability, arithmetic, x.element_size(), block_r, threshold > 0)
+    tile = weight_grad_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(k, tile.columns) * divide_up(r, block_r)
     # As in `_down`: fill the multiprocessors twice, with at least 256 rows per program.
     splits = min(divide_up(2 * gpu.multiprocessors, programs), 16, max(m // 256, 1))
@@ -570,16 +581,13 @@ def _up_backward_pair(
     b: Tensor,  # [N, R]
     scale: float,
     scale_tensor: Tensor | None,
+    tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # [M, R] fp32, [N, R]
     m, n = dy.shape
     r = b.shape[1]
     d = torch.empty_like(t)
     db = torch.empty_like(b)
     gpu = gpu_of(dy)
-    block_r = _block_r(r)
-    # The accumulator of dB fixes the arithmetic of both products as far as resources go.
-    arithmetic = arithmetic_of(gpu, dy.dtype, t.dtype)
-    tile = pair_tile(gpu.capability, arithmetic, dy.element_size(), block_r)
     column_blocks = divide_up(n, tile.columns)
     # As many row blocks as fill the multiprocessors twice, of 128 to 1024 rows.
     wanted = max(2 * gpu.multiprocessors // column_blocks, 1)
@@ -602,7 +610,7 @@ def _up_backward_pair(
             dy.stride(0),
             rows_per_program,
             R=r,
-            BLOCK_R=block_r,
+            BLOCK_R=_block_r(r),
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             PARTIAL_D=column_blocks > 1,
@@ -655,8 +663,12 @@ def lora_up_backward(
     need_db: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """-> d [M, R] fp32 = scale * scale_tensor * dy b, and db [N, R] in b.dtype = dy^T t."""
-    if need_d and need_db and b.shape[1] <= MAX_RANK_OF_FUSED_PAIR and dy.shape[0] > 0:
-        return _up_backward_pair(dy, t, b, float(scale), scale_tensor)
+    if need_d and need_db and dy.shape[0] > 0:
+        gpu = gpu_of(dy)
+        arithmetic = arithmetic_of(gpu, dy.dtype, b.dtype)
+        tile = pair_tile(gpu.capability, arithmetic, _block_r(b.shape[1]))
+        if tile is not None:
+            return _up_backward_pair(dy, t, b, float(scale), scale_tensor, tile)
     d = _down(dy, b.t(), float(scale), scale_tensor, None, 0, 0, 0) if need_d else None
     db = None
     if need_db:

@@ -1,0 +1,219 @@
+"""PEFT's LoRA layers as fasttune sees them. The only file that reads PEFT's attributes.
+
+Read from PEFT 0.21 (``peft/tuners/lora/layer.py``); tests/integrations/test_peft.py fails loudly when it moves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fasttune import _torch
+from fasttune.ops import LoraBranch, LoraProjection
+from fasttune.reason import Reason
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_RANK = 256  # of every backend
+_LARGEST_P = 0.9999  # beyond, a 16-bit threshold keeps nothing
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def loaded() -> bool:
+    """True if PEFT has been imported: else no model can have its layers."""
+    return "peft" in sys.modules
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every LoRA layer of any type in the model, injected by PEFT, transformers or diffusers."""
+    if not loaded():
+        return
+    from peft.tuners.lora.layer import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def other_tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """PEFT layers of other methods than LoRA."""
+    if not loaded():
+        return
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+            yield name, module
+
+
+def is_linear(layer_class: type[nn.Module]) -> bool:
+    """True for exactly PEFT's LoRA Linear: its subclasses have forwards of their own."""
+    from peft.tuners.lora.layer import Linear
+
+    return layer_class is Linear
+
+
+def is_modules_to_save(module: nn.Module) -> bool:
+    """True for PEFT's wrapper of fully trained modules."""
+    if not loaded():
+        return False
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
+
+
+def saved_module(module: Any) -> nn.Module | None:
+    """The module that a ModulesToSaveWrapper runs now, or None if that is not one plain module."""
+    if module.disable_adapters:
+        active: nn.Module = module.original_module
+        return active
+    names = module.active_adapters
+    if len(names) != 1 or names[0] not in module.modules_to_save:
+        return module.original_module if not names else None  # type: ignore[no-any-return]
+    chosen: nn.Module = module.modules_to_save[names[0]]
+    return chosen
+
+
+def injected_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters injected into the model, cheap enough for every forward."""
+    config = model.__dict__.get("peft_config")
+    return tuple(config) if isinstance(config, dict) else ()
+
+
+def hooked(module: nn.Module) -> bool:
+    """True if a call of the module does more than its class's forward."""
+    state = module.__dict__
+    if "forward" in state or "_hf_hook" in state:
+        return True
+    return any(state.get(name) for name in _HOOKS)
+
+
+def static_reason(layer: Any) -> Reason | None:
+    """Why a LoRA Linear can never be fused as it is built, or None."""
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return Reason(f"base layer is {type(base).__name__}, not nn.Linear")
+    for adapter in layer.lora_A:
+        if adapter in layer.lora_variant:
+            return Reason(f"LoRA variant {type(layer.lora_variant[adapter]).__name__}")
+    return None
+
+
+def why_original(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
+    """Why this call of a LoRA Linear takes PEFT's own forward, or None if it can be fused."""
+    if torch.compiler.is_compiling():
+        return Reason("torch.compile traces PEFT's own forward", expected=True)
+    if layer.disable_adapters:
+        return Reason("adapters are disabled", expected=True)
+    if layer.merged:
+        return Reason("adapters are merged", expected=True)
+    if kwargs.get("adapter_names") is not None:
+        return Reason("adapter_names: a mixed batch")
+    if args or any(value is not None for value in kwargs.values()):
+        return Reason("called with extra arguments")
+    if not layer.training and not torch.is_grad_enabled():
+        return Reason("inference", expected=True)
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return Reason(f"input is {type(x).__name__}, not a plain tensor")
+    if torch_module._has_any_global_hook():
+        return Reason("a global module hook is registered")
+    if _torch.in_functorch():
+        return Reason("called inside torch.func")
+    return _why_base(layer, x) or _why_adapters(layer, x)
+
+
+def _why_base(layer: Any, x: Tensor) -> Reason | None:
+    base = layer.base_layer
+    if type(base) is not nn.Linear:
+        return Reason(f"base layer is {type(base).__name__}, not nn.Linear")
+    if hooked(base):
+        return Reason("a hook on base_layer")
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if weight is None or not _plain(weight) or (bias is not None and not _plain(bias)):
+        return Reason("base weight is quantised, sharded, offloaded or on meta")
+    if weight.dtype not in _FLOATS or x.dtype not in _FLOATS:
+        return Reason(f"dtype {x.dtype} with weight {weight.dtype}")
+    if x.device != weight.device or x.device.type not in ("cpu", "cuda"):
+        return Reason(f"input on {x.device}, weight on {weight.device}")
+    if x.dtype != weight.dtype and _torch.autocast_dtype(x.device.type) is None:
+        return Reason(f"input is {x.dtype} and weight {weight.dtype} outside autocast")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return Reason(f"input shape {tuple(x.shape)} does not fit the weight")
+    return None
+
+
+def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
+    reason = why_factors(layer)
+    if reason is not None:
+        return reason
+    casts = getattr(layer, "cast_input_dtype_enabled", True)
+    autocast = _torch.autocast_dtype(x.device.type)
+    for adapter in active(layer):
+        a = layer.lora_A[adapter]._parameters["weight"]
+        if a.device != x.device:
+            return Reason(f"adapter on {a.device}, input on {x.device}")
+        if not casts and a.dtype != x.dtype and autocast is None:
+            return Reason("input casting is disabled and the adapter has another dtype")
+    return None
+
+
+def active(layer: Any) -> list[str]:
+    """The active adapters that this layer has, in the order PEFT adds them."""
+    return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+
+
+def why_factors(layer: Any) -> Reason | None:
+    """Why the active adapters of a LoRA Linear cannot be fused, whatever its input; None if they can."""
+    dtypes = set()
+    for adapter in active(layer):
+        if adapter in layer.lora_variant:
+            return Reason(f"LoRA variant {type(layer.lora_variant[adapter]).__name__}")
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        dropout = layer.lora_dropout[adapter]
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            return Reason(f"lora_A is {type(down).__name__}, not nn.Linear")
+        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+            return Reason(f"dropout is {type(dropout).__name__}")
+        for name, module in (("lora_A", down), ("lora_B", up), ("lora_dropout", dropout)):
+            if hooked(module):
+                return Reason(f"a hook on {name}[{adapter!r}]")
+        a, b = down._parameters["weight"], up._parameters["weight"]
+        if a is None or b is None or not _plain(a) or not _plain(b):
+            return Reason("adapter weights are sharded, offloaded or on meta")
+        if a.dtype not in _FLOATS or a.dtype != b.dtype or a.device != b.device:
+            return Reason(f"adapter is {a.dtype} / {b.dtype} on {a.device} / {b.device}")
+        scaling = layer.scaling[adapter]
+        if isinstance(scaling, Tensor) and (
+            scaling.requires_grad or scaling.dim() or scaling.device != a.device
+        ):
+            return Reason("scaling is a trained or remote tensor")
+        if type(dropout) is nn.Dropout and dropout.training and not 0.0 <= dropout.p < _LARGEST_P:
+            return Reason(f"dropout probability {dropout.p}")
+        if a.shape[0] > _LARGEST_RANK:
+            return Reason(f"rank {a.shape[0]} is above {_LARGEST_RANK}")
+        dtypes.add(a.dtype)
+    if not dtypes:
+        return Reason("no active adapter on this layer", expected=True)
+    return Reason("active adapters differ in dtype") if len(dtypes) > 1 else None
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+
+
+def projection(layer: Any) -> LoraProjection:
+    """The base layer and the active adapters of a LoRA Linear, in the order PEFT adds them."""
+    branches = []
+    for adapter in active(layer):
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        dropout = layer.lora_dropout[adapter]
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        scaling, bias = layer.scaling[adapter], up._parameters["bias"]
+        branches.append(LoraBranch(down.weight, up.weight, scaling, bias, p))
+    base = layer.base_layer
+    return LoraProjection(base.weight, base.bias, tuple(branches))

@@ -1,0 +1,44 @@
+"""The fused forward of PEFT's LoRA Linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune import _torch
+from fasttune.integrations import peft
+from fasttune.ops.lora_linear import apply_group, fast_backend_missing
+from fasttune.patching import state, swap
+from fasttune.reason import Reason
+
+KIND = "lora"
+
+
+def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    reason = _why_original(layer, x, args, kwargs)
+    if reason is not None:
+        if not torch.compiler.is_compiling():
+            state.note_fallback(state.of(layer, KIND), reason)
+        return original(layer, x, *args, **kwargs)
+    compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
+    y = apply_group(x, (peft.projection(layer),), compute_dtype)[0]
+    node = y.grad_fn
+    if node is not None:
+        backend = node.backend.name if node.backend else "dispatched"
+        state.note_fused(state.of(layer, KIND), backend, node.saved_bytes)
+    return y
+
+
+def _why_original(
+    layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Reason | None:
+    reason = peft.why_original(layer, x, args, kwargs)
+    if reason is not None:
+        return reason
+    missing = fast_backend_missing(x.device.type)
+    return None if missing is None else Reason(missing)
+
+
+swap.register_kind(KIND, _forward)

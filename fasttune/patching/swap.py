@@ -1,0 +1,117 @@
+"""Class swap: a module's class becomes a subclass of its exact class with another ``forward``.
+
+Parameters, state_dict keys, hooks, isinstance and the class's name survive, and gradient checkpointing, which wraps
+``__call__``, still applies. An instance-level ``forward`` would not survive deepcopy, pickle or checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+from fasttune.errors import PatchError
+
+# forward(module, original_forward, *args, **kwargs); original_forward takes the module first.
+Forward = Callable[..., Any]
+
+_forwards: dict[str, Forward] = {}
+_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def register_kind(kind: str, forward: Forward) -> None:
+    """Name the forward of a kind of swap; names, not functions, travel in pickles."""
+    _forwards[kind] = forward
+
+
+def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
+    """The subclass of ``original`` whose forward is that of ``kind``; one per pair."""
+    cached = _classes.get((original, kind))
+    if cached is not None:
+        return cached
+    fused, stock = _forwards[kind], original.forward
+
+    @functools.wraps(stock)  # trainers read the signature of forward
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return fused(self, stock, *args, **kwargs)
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        root, kinds = _history(type(self))
+        state = object.__reduce_ex__(self, 2)[2]
+        return _rebuild, (root, kinds), state
+
+    namespace = {
+        "forward": forward,
+        "__reduce_ex__": reduce_ex,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "_fasttune_kind": kind,
+        "_fasttune_original": original,
+    }
+    subclass = cast("type[nn.Module]", type(original)(original.__name__, (original,), namespace))
+    _classes[original, kind] = subclass
+    return subclass
+
+
+def swap(module: nn.Module, kind: str) -> None:
+    """Give ``module`` the forward of ``kind``.
+
+    Raises:
+        PatchError: the module has an instance-level ``forward``, which would hide the new one.
+    """
+    if "forward" in module.__dict__:
+        raise PatchError(f"{type(module).__name__} has an instance-level forward")
+    module.__class__ = swapped_class(type(module), kind)
+
+
+def restore(module: nn.Module, kind: str) -> None:
+    """Undo :func:`swap`.
+
+    Raises:
+        PatchError: somebody else (FSDP2, parametrize) swapped the class on top of ours.
+    """
+    check_restorable(module, kind)
+    module.__class__ = type(module)._fasttune_original  # type: ignore[attr-defined]
+
+
+def check_restorable(module: nn.Module, kind: str) -> None:
+    """Raises PatchError unless the module's class is exactly the one that :func:`swap` gave it."""
+    own = type(module).__dict__.get("_fasttune_kind")
+    if own not in kinds_of(module):
+        raise PatchError(
+            f"{type(module).__name__}: another library swapped the class after fasttune.patch; "
+            "undo that first (or unpatch before sharding)"
+        )
+
+
+def kinds_of(module: nn.Module) -> tuple[str, ...]:
+    """The kinds swapped onto the module, the first one first."""
+    return _history(type(module))[1]
+
+
+def _history(cls: type) -> tuple[type, tuple[str, ...]]:
+    kinds: list[str] = []
+    for base in cls.__mro__:
+        if "_fasttune_kind" in base.__dict__:
+            kinds.append(base.__dict__["_fasttune_kind"])
+            cls = base.__dict__["_fasttune_original"]
+    return cls, tuple(reversed(kinds))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before any swap."""
+    return cast("type[nn.Module]", _history(type(module))[0])
+
+
+def _rebuild(root: type[nn.Module], kinds: tuple[str, ...]) -> nn.Module:
+    # Importing the engine registers the kinds, also where a pickle is the first thing loaded.
+    from fasttune.patching import engine
+
+    assert engine
+    cls = root
+    for kind in kinds:
+        cls = swapped_class(cls, kind)
+    return cls.__new__(cls)
