@@ -24,6 +24,7 @@ from results_file import table, write
 from rich.console import Console
 
 MEMORY_REPEATS = 3
+TABLE_WIDTH = 140
 RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 
 
@@ -156,7 +157,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     results = config.stash[RECORDS]
     if not results:
         return
-    Console(width=120).print(table(results))
+    Console(width=TABLE_WIDTH).print(table(results))
     command = " ".join(("pytest", *config.invocation_params.args))
     for path in write(config.getoption("--results"), environment(command), results):
         terminalreporter.write_line(f"wrote {path.name}")

@@ -43,8 +43,8 @@ def hardware() -> dict[str, Any]:
 
 def hardware_slug(facts: dict[str, Any]) -> str:
     """A file name part for ``hardware()``."""
-    parts = [facts["gpu"] or f"{facts['cpu']} {facts['threads']} threads", *facts["features"][-1:]]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+    name = facts["gpu"] or f"{facts['cpu']} {facts['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def versions() -> dict[str, str | None]:

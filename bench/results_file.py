@@ -49,7 +49,7 @@ def table(results: list[Result]) -> Table:
     for column in rendered.columns[1:]:
         column.justify = "right"
     for result in results:
-        name = result["id"].partition("::")[2] + (" (quick)" if result["quick"] else "")
+        name = result["id"].partition("::test_")[2] + (" (quick)" if result["quick"] else "")
         interval = (
             f"{result['ratio_low']:.2f} - {result['ratio_high']:.2f}"
             if "ratio_low" in result

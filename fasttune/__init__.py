@@ -1,16 +1,37 @@
 """fasttune: faster, smaller parameter-efficient fine-tuning with one line, numerically proven."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from fasttune._registry import BackendError, use_backend
 from fasttune.errors import PatchError, VerificationError
-from fasttune.patching import patch, unpatch
+from fasttune.patching import compare, explain, is_patched, patch, report, unpatch, verify
+
+if TYPE_CHECKING:
+    from fasttune.integrations.callback import FasttuneCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "FasttuneCallback",
     "PatchError",
     "VerificationError",
+    "compare",
+    "explain",
+    "is_patched",
     "patch",
+    "report",
     "unpatch",
     "use_backend",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FasttuneCallback":  # importing it imports transformers
+        from fasttune.integrations.callback import FasttuneCallback
+
+        return FasttuneCallback
+    raise AttributeError(f"module 'fasttune' has no attribute {name!r}")

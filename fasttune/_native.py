@@ -1,7 +1,7 @@
 """The C++ kernels: validates tensors and passes their addresses. Nothing else calls ``data_ptr``.
 
-The primitives carry the names and arguments of ``fasttune_kernels`` (docs/design.md states them), plus
-``addend`` where a C++ kernel folds the product of the base layer into its single rounding.
+The primitives carry the names and arguments of ``fasttune_kernels`` (docs/design.md states them),
+plus ``addend`` where a C++ kernel folds the product of the base layer into its single rounding.
 """
 
 from __future__ import annotations
@@ -139,9 +139,7 @@ def lora_down(
     panel = _padded(a.t())  # [K, padded R]
     dropout = _dropout(seed, threshold, branch, row_offset)
     factor = _scale(scale, scale_tensor)
-    cpu().lora_reduce(
-        _matrix(x), panel.data_ptr(), rank, factor, dropout, t.data_ptr(), _threads()
-    )
+    cpu().lora_reduce(_matrix(x), panel.data_ptr(), rank, factor, dropout, t.data_ptr(), _threads())
     return t
 
 
@@ -154,7 +152,9 @@ def lora_up(
     addend: Tensor | None = None,  # [M, N] fp32
     out: Tensor | None = None,  # [M, N]
 ) -> Tensor:
-    """y0 [M, N] = addend + bias + t B^T, rounded once; written into ``out`` if given. R may be 0."""
+    """y0 [M, N] = addend + bias + t B^T, rounded once; written into ``out`` if given. R may be
+    0.
+    """
     if out is None:
         out = torch.empty(t.shape[0], b.shape[0], dtype=out_dtype)
     _expand(t, _fp32(b.t()), bias, _dropout(None, 0, 0, 0), out, addend)
@@ -179,9 +179,7 @@ def lora_up_backward(
         d = torch.empty(dy.shape[0], rank, dtype=torch.float32)
         panel = _padded(b)
         factor = _scale(scale, scale_tensor)
-        cpu().lora_reduce(
-            matrix, panel.data_ptr(), rank, factor, none, d.data_ptr(), _threads()
-        )
+        cpu().lora_reduce(matrix, panel.data_ptr(), rank, factor, none, d.data_ptr(), _threads())
     if need_db:
         assert t is not None
         db = torch.empty_like(b, memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ OPS: dict[str, Op] = {}
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # First that supports the arguments wins.
-_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _forced: ContextVar[str | None] = ContextVar("fasttune_backend", default=None)
 
@@ -72,7 +72,7 @@ class Op:
             if chosen is None or reason is not None:
                 raise BackendError(f"{self.name}: backend {forced!r} was asked for, but {reason}")
             return chosen
-        for name in _ORDER.get(_device_type(args), ("reference",)):
+        for name in ORDER.get(_device_type(args), ("reference",)):
             candidate = self.backends.get(name)
             if candidate is not None and candidate.supports(*args) is None:
                 return candidate

@@ -1,4 +1,5 @@
-"""The private names of torch that fasttune reads, in one place; tests/test_torch_private.py guards them."""
+"""The private names of torch that fasttune reads, in one place; tests/test_torch_private.py guards
+them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def under_dispatch_mode() -> bool:
 
 def profiling() -> bool:
     """True while the autograd profiler records."""
-    return bool(torch.autograd._profiler_enabled())
+    return bool(torch._C._autograd._profiler_enabled())
 
 
 def inside_backward() -> bool:
@@ -33,9 +34,7 @@ def inside_backward() -> bool:
 
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     """True if every tensor is a plain Tensor or Parameter with real storage."""
-    return all(
-        t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors
-    )
+    return all(t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

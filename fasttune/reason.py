@@ -11,7 +11,8 @@ class Reason:
 
     Attributes:
         text: one clause, in the words of the report.
-        expected: the user asked for it (adapters disabled or merged, inference): no warning, no strict error.
+        expected: the user asked for it (adapters disabled or merged, inference): no warning, no
+            strict error.
     """
 
     text: str

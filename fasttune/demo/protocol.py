@@ -2,8 +2,8 @@
 
 The parent sends one command and waits for its answer. During ``Train`` the worker works only while
 it holds a ``Go``: it sends a ``StepDone`` per step, a ``BlockDone`` when the granted steps are used
-up, and then waits, blocked on the pipe. ``Halt`` ends training after the current step and is
-ignored outside of training. Times in seconds, sizes in bytes.
+up, and then waits, blocked on the pipe. ``Halt`` ends training after the current step and an
+evaluation after the current batch. Times in seconds, sizes in bytes.
 """
 
 from __future__ import annotations

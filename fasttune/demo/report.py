@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fasttune.demo.handle import WAIT_POLICY
 from fasttune.demo.model import LORA_ALPHA, LORA_DROPOUT, LORA_RANK
 from fasttune.demo.options import DemoOptions
 from fasttune.demo.output import TOOL
@@ -72,6 +73,7 @@ def result_json(record: RunRecord, options: DemoOptions) -> dict[str, Any]:
         "hardware": record.hardware,
         "device": record.device,
         "threads": record.threads,
+        "environment": WAIT_POLICY,
         "model": {
             "name": record.model,
             "dtype": record.dtype,

@@ -45,7 +45,7 @@ from fasttune.demo.turns import affordable_steps, block_steps, grouped, turns, w
 
 CALIBRATION_BATCHES = 3  # the first warms up and is not counted
 MAX_NEW_TOKENS = 64
-REPORT_RESERVE_S = 15.0  # for the Trainer's start, saving and plotting
+REPORT_RESERVE_S = 10.0  # for the Trainer's start, saving and plotting
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,8 @@ class Worker:
         total, count = 0.0, 0
         with self._inference():
             for examples in batches:
+                if self._pipe.poll():  # only Halt can come now, and nobody waits for the result
+                    break
                 batch = self._batch(examples)
                 labels = batch.pop("labels")
                 loss, tokens = next_token_loss(self._model(**batch).logits, labels)
@@ -182,6 +184,9 @@ class Worker:
         return Evaluated(total / count if count else math.nan, time.perf_counter() - start)
 
     def _generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        def halted(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.full((ids.shape[0],), self._pipe.poll(), device=ids.device)
+
         prompt = torch.tensor([list(prompt_ids)], device=self._spec.device)
         with self._inference():
             ids = self._model.generate(
@@ -191,6 +196,7 @@ class Worker:
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=self._spec.pad_id,
+                stopping_criteria=[halted],
             )
         new: list[int] = ids[0, prompt.shape[1] :].tolist()
         return new

@@ -1,6 +1,7 @@
 """PEFT's LoRA layers as fasttune sees them. The only file that reads PEFT's attributes.
 
-Read from PEFT 0.21 (``peft/tuners/lora/layer.py``); tests/integrations/test_peft.py fails loudly when it moves.
+Read from PEFT 0.21 (``peft/tuners/lora/layer.py``); tests/integrations/test_peft.py fails loudly
+when it moves.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def saved_module(module: Any) -> nn.Module | None:
         return active
     names = module.active_adapters
     if len(names) != 1 or names[0] not in module.modules_to_save:
-        return module.original_module if not names else None  # type: ignore[no-any-return]
+        return module.original_module if not names else None
     chosen: nn.Module = module.modules_to_save[names[0]]
     return chosen
 
@@ -104,7 +105,9 @@ def static_reason(layer: Any) -> Reason | None:
     return None
 
 
-def why_original(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
+def why_original(
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Reason | None:
     """Why this call of a LoRA Linear takes PEFT's own forward, or None if it can be fused."""
     if torch.compiler.is_compiling():
         return Reason("torch.compile traces PEFT's own forward", expected=True)
@@ -168,7 +171,9 @@ def active(layer: Any) -> list[str]:
 
 
 def why_factors(layer: Any) -> Reason | None:
-    """Why the active adapters of a LoRA Linear cannot be fused, whatever its input; None if they can."""
+    """Why the active adapters of a LoRA Linear cannot be fused, whatever its input; None if they
+    can.
+    """
     dtypes = set()
     for adapter in active(layer):
         if adapter in layer.lora_variant:

@@ -1,4 +1,5 @@
-"""transformers as fasttune sees it: causal language models, their head and loss, and the Trainer callback.
+"""transformers as fasttune sees it: causal language models, their head and loss, and the Trainer
+callback.
 
 Read from transformers 5.23 (``modeling_utils.py``, ``loss/loss_utils.py``).
 """
@@ -43,7 +44,9 @@ def head(model: Any) -> nn.Module:
 
 
 def loss_function(model: Any) -> Any:
-    """The function that the model calls as ``self.loss_function(logits, labels, vocab_size, ...)``."""
+    """The function that the model calls as ``self.loss_function(logits, labels, vocab_size,
+    ...)``.
+    """
     return model.loss_function
 
 
@@ -60,7 +63,9 @@ def set_loss_function(model: Any, function: Any) -> None:
 
 
 def reset_loss_function(model: nn.Module, previous: Any) -> None:
-    """Undo :func:`set_loss_function`; ``previous`` is the instance's own function before it, or None."""
+    """Undo :func:`set_loss_function`; ``previous`` is the instance's own function before it, or
+    None.
+    """
     if previous is None:
         model.__dict__.pop("_loss_function", None)
     else:
@@ -77,7 +82,8 @@ def instance_forward_owner(model: nn.Module) -> str | None:
     forward = model.__dict__.get("forward")
     if forward is None:
         return None
-    # functools.wraps copies __module__ from the wrapped forward; the globals tell who wrote the code.
+    # functools.wraps copies __module__ from the wrapped forward; the globals tell who wrote the
+    # code.
     function = getattr(forward, "__func__", forward)
     namespace = getattr(function, "__globals__", {})
     return str(namespace.get("__name__", "another library")).split(".")[0]

@@ -1,4 +1,5 @@
-"""The ops: public functions on plain tensors, differentiable, with one implementation per backend."""
+"""The ops: public functions on plain tensors, differentiable, with one implementation per
+backend."""
 
 from fasttune.ops._row_loss import CrossEntropy
 from fasttune.ops.linear_cross_entropy import TokenStats, linear_cross_entropy

@@ -27,7 +27,9 @@ def keep_scale(threshold: int) -> float:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A 0-d int64 seed on ``device`` from torch's generator of that device, without synchronisation."""
+    """A 0-d int64 seed on ``device`` from torch's generator of that device, without
+    synchronisation.
+    """
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 

@@ -1,7 +1,10 @@
-"""Products with the base weight: the vendor's matrix product, in the precision that is fast and exact.
+"""Products with the base weight: the vendor's matrix product, in the precision that is fast and
+exact.
 
-On a CPU without AMX, bf16 and fp16 matrix products of the vendor library are slower than fp32 ones (vdpbf16ps
-issues at half the rate of an fp32 FMA; fp16 is worse). There the operands are converted into fp32 buffers, block
+On a CPU without AMX, bf16 and fp16 matrix products of the vendor library are slower than fp32 ones
+(vdpbf16ps issues at half the rate of an fp32 FMA; fp16 is worse). There the operands are converted
+into fp32
+buffers, block
 by block, multiplied in fp32 and rounded once: faster, and exacter than a 16-bit product.
 """
 
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from fasttune import _native
 
-# fp32 copy of a block of weight rows: large enough for the GEMM to run at full speed, small enough that the
+# fp32 copy of a block of weight rows: large enough for the GEMM to run at full speed, small enough
+# that the
 # copies of a 128k x 4096 head do not show in the peak memory.
 _BLOCK_BYTES = 16 << 20
 

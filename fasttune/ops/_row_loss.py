@@ -1,7 +1,9 @@
 """The loss of one row of logits: the replaceable part of the fused head.
 
-A row loss names a primitive ``<name>_rows_`` that every backend implements (docs/design.md): it turns a chunk of
-logits into one loss a row and, in place, into its gradient. Another loss (focal, KL, ...) is another subclass.
+A row loss names a primitive ``<name>_rows_`` that every backend implements (docs/design.md): it
+turns a chunk of logits into one loss a row and, in place, into its gradient. Another loss (focal,
+KL, ...) is
+another subclass.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from torch import Tensor
 class CrossEntropy:
     """Cross-entropy over z = softcap tanh(logit_scale x logits / softcap), softcap 0 meaning none.
 
-    loss = (1 - label_smoothing) (lse - z_target) + label_smoothing (lse - mean z) + z_loss lse^2; label smoothing as
-    ``torch.nn.functional.cross_entropy``, z-loss as PaLM (Chowdhery et al., 2022), softcap as Gemma 2.
+    loss = (1 - label_smoothing) (lse - z_target) + label_smoothing (lse - mean z) + z_loss lse^2;
+    label smoothing as ``torch.nn.functional.cross_entropy``, z-loss as PaLM (Chowdhery et al.,
+    2022), softcap as Gemma
+    2.
     """
 
     ignore_index: int = -100
@@ -30,7 +34,8 @@ class CrossEntropy:
     def rows_(
         self, prims: ModuleType, logits: Tensor, targets: Tensor, need_grad: bool, need_stats: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss, correctness and entropy [C] of logits [C, V], which become the gradient if asked."""
+        """Loss, correctness and entropy [C] of logits [C, V], which become the gradient if
+        asked."""
         rows: tuple[Tensor, Tensor | None, Tensor | None] = prims.cross_entropy_rows_(
             logits,
             targets,

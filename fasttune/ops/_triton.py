@@ -35,3 +35,11 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
 def kernels(op: str) -> ModuleType:
     """The module of launchers of an op, ``fasttune_kernels.<op>``."""
     return importlib.import_module(f"fasttune_kernels.{op}")
+
+
+def head_kernels() -> ModuleType:
+    """The launchers that the fused head needs: those of its row loss and those of LoRA."""
+    combined = ModuleType("head_kernels")
+    for op in ("lora_linear", "linear_cross_entropy"):
+        vars(combined).update(vars(kernels(op)))
+    return combined

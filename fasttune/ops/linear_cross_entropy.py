@@ -1,21 +1,27 @@
-"""linear_cross_entropy: hidden states, head weight and targets to the loss, without holding the logits.
+"""linear_cross_entropy: hidden states, head weight and targets to the loss, without the logits.
 
 Maths, for each chunk of rows, accumulated in fp32 and rounded to the compute dtype C where marked:
 
-    logits = C(h W^T + bias + sum_j t_j B_j^T),  t_j = s_j / (1 - p_j) (h * keep_j) A_j^T       [rows, V]
-    loss_i, g_i = row loss and its gradient with respect to the logits, in fp32; g is stored as C   (_row_loss.py)
-    dh = g W + sum_j keep_j * (d_j A_j),  d_j = s_j / (1 - p_j) g B_j,   dW += g^T h, dbias += sum g,
-    dA_j += d_j^T (h * keep_j),  dB_j += g^T t_j
+    t_j = s_j / (1 - p_j) (h * keep_j) A_j^T                             [rows, R_j], fp32
+    logits = C(h W^T + bias + sum_j t_j B_j^T)                           [rows, V]
+    loss_i, g_i = row loss and its gradient by the logits, in fp32; g is stored as C
+    dh = g W + sum_j keep_j * (d_j A_j),   d_j = s_j / (1 - p_j) g B_j
+    dW += g^T h,  dbias += sum g,  dA_j += d_j^T (h * keep_j),  dB_j += g^T t_j
 
-The gradients are computed in the forward, while a chunk's logits exist, with respect to the *sum* of the row losses; backward only
-scales them by the incoming gradient. Weight gradients are accumulated in fp32. Saved for backward: those gradients, nothing else.
+The gradients are computed in the forward, while a chunk's logits exist, with respect to the *sum*
+of the row losses; backward only scales them by the incoming gradient. Weight gradients accumulate
+in fp32. Saved for backward: those gradients, nothing else. The row loss is in _row_loss.py.
 
-Chunk: as many rows as keep their logits within _LOGITS_BYTES, a multiple of 64. Rows whose target is ignore_index are dropped
-before the head on the CPU, where that needs no synchronisation (not when the head's LoRA has dropout, whose mask counts rows).
+Chunk: as many rows as keep their logits within _LOGITS_BYTES, a multiple of 64. Rows whose target
+is ignore_index are dropped before the head on the CPU, where that needs no synchronisation (not
+when the head's LoRA has dropout, whose mask counts rows).
 
-Precision: C is the autocast dtype under autocast, else the dtype of the hidden states, as stock's logits; LoRA factors are never rounded.
-Semantics: torch.nn.functional.cross_entropy on the upcast logits, as transformers.loss.loss_utils.ForCausalLMLoss (5.23).
-Peers: Cut Cross-Entropy (Wijmans et al., 2024), Liger Kernel (Hsu et al., 2024).
+Precision: C is the autocast dtype under autocast, else the dtype of the hidden states, as the
+logits of stock; LoRA factors are never rounded.
+
+Semantics: torch.nn.functional.cross_entropy on upcast logits, as
+transformers.loss.loss_utils.ForCausalLMLoss (5.23). Peers: Cut Cross-Entropy (Wijmans et al.,
+2024), Liger Kernel (Hsu et al., 2024).
 """
 
 from __future__ import annotations
@@ -63,7 +69,9 @@ class _Gradients:
 
 
 def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Unscaled fp16 weight gradients could overflow, so they stay fp32 until backward scales them."""
+    """Unscaled fp16 weight gradients could overflow, so they stay fp32 until backward scales
+    them.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -135,7 +143,13 @@ class _Head:
         return out
 
     def backward(
-        self, gradient: Tensor, hidden: Tensor, ts: list[Tensor], row: int, into: _Gradients, rows: slice
+        self,
+        gradient: Tensor,
+        hidden: Tensor,
+        ts: list[Tensor],
+        row: int,
+        into: _Gradients,
+        rows: slice,
     ) -> None:
         """Adds the gradients of a chunk, given d loss / d logits [rows, V]."""
         if into.weight is not None:
@@ -153,8 +167,9 @@ class _Head:
             if d is None:
                 continue
             part, da = self.prims.lora_down_backward(
-                d, self.a[j], hidden, seed=self.seed, threshold=self.thresholds[j], branch=j, row_offset=row,
-                dx_dtype=torch.float32, need_dx=base is not None, need_da=into.a[j] is not None,
+                d, self.a[j], hidden, seed=self.seed, threshold=self.thresholds[j], branch=j,
+                row_offset=row, dx_dtype=torch.float32, need_dx=base is not None, need_da=into.a[j]
+                is not None,
             )  # fmt: skip
             if da is not None and (total := into.a[j]) is not None:
                 total += da
@@ -181,8 +196,25 @@ class _Head:
 
 
 def _chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The forward in terms of the primitives of a backend: loss, correct, entropy sums, gradients."""
-    (hidden, weight, bias, targets, a, b, scaling_tensors, scalings, thresholds, seed, dtype, options, stats, needs) = args
+    """The forward in terms of the primitives of a backend: loss, correct, entropy sums,
+    gradients.
+    """
+    (
+        hidden,
+        weight,
+        bias,
+        targets,
+        a,
+        b,
+        scaling_tensors,
+        scalings,
+        thresholds,
+        seed,
+        dtype,
+        options,
+        stats,
+        needs,
+    ) = args
     loss_fn = CrossEntropy(int(options[0]), *options[1:])
     scales = [s * _dropout.keep_scale(k) for s, k in zip(scalings, thresholds, strict=True)]
     head = _Head(prims, weight, bias, a, b, scaling_tensors, scales, thresholds, seed, dtype)
@@ -219,7 +251,12 @@ def _chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, lis
 
 
 def _allocate(
-    hidden: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Sequence[Tensor], needs: Sequence[bool]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    needs: Sequence[bool],
 ) -> _Gradients:
     def zeros(like: Tensor, wanted: bool) -> Tensor | None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device) if wanted else None
@@ -240,11 +277,13 @@ def _logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.devi
     return torch.empty(rows, vocab, dtype=dtype, device=device)
 
 
-# ---------------------------------------------------------------------------- the op and its backends
+# ---------------------------------------------------------------------------- the op and its
+# backends
 
 
 def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, a: Sequence[Tensor], b: Sequence[Tensor],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, a: Sequence[Tensor], b:
+        Sequence[Tensor],
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     dtype, needs = rest[4], rest[7]
@@ -262,7 +301,8 @@ def _fake(
 FORWARD = _registry.define(
     "linear_cross_entropy_fwd",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor[] a, Tensor[] b, "
-    "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, Tensor? seed, ScalarType compute_dtype, "
+    "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, Tensor? seed, "
+    "ScalarType compute_dtype, "
     "float[] options, bool need_stats, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor[])",
     _fake,
 )
@@ -303,7 +343,7 @@ def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 
 @FORWARD.backend("triton", _triton_supports)
 def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return _chunked(_triton.kernels("head"), *args)
+    return _chunked(_triton.head_kernels(), *args)
 
 
 def _plain_sums(
@@ -341,10 +381,22 @@ def _fwd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     hidden, weight, bias, targets, a, b = args[:6]
     needs = args[13]
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (hidden, weight, bias, *a, *b)]
+        leaves = [
+            None if t is None else t.detach().requires_grad_()
+            for t in (hidden, weight, bias, *a, *b)
+        ]
         k = len(a)
-        sums = _plain_sums(*leaves[:3], targets, leaves[3 : 3 + k], leaves[3 + k :], *args[6:12])
-        wanted = [leaf for leaf, flag in zip(leaves, needs, strict=True) if flag]
+        h, w, bias_leaf, *factors = leaves
+        assert h is not None and w is not None
+        low, high = (
+            [f for f in factors[:k] if f is not None],
+            [f for f in factors[k:] if f is not None],
+        )
+        facts: Any = args[6:12]
+        sums = _plain_sums(h, w, bias_leaf, targets, low, high, *facts)
+        wanted = [
+            leaf for leaf, flag in zip(leaves, needs, strict=True) if flag and leaf is not None
+        ]
         grads = list(torch.autograd.grad(sums[0], wanted)) if wanted else []
     wide = sums[0].dtype
     dtypes = [hidden.dtype, _stored_dtype(weight.dtype), *[wide] * (1 + 2 * k)]
@@ -367,8 +419,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, _, _, *needs_head = ctx.needs_input_grad[1:]
         needs = [needs_hidden, *needs_head]
         args = (
-            hidden, weight, bias, targets, factors[:k], factors[k:], list(scaling_tensors), list(scalings),
-            list(thresholds), seed, dtype, list(options), stats, needs,
+            hidden, weight, bias, targets, factors[:k], factors[k:], list(scaling_tensors),
+            list(scalings), list(thresholds), seed, dtype, list(options), stats, needs,
         )  # fmt: skip
         ctx.backend = None if _registry.must_dispatch(tensors) else FORWARD.select(*args)
         run = FORWARD.registered if ctx.backend is None else ctx.backend.run
@@ -396,7 +448,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Means over the tokens that are not ignored, 0-d fp32 tensors on the device (no synchronisation).
+    """Means over the tokens that are not ignored, 0-d fp32 tensors on the device (no
+    synchronisation).
 
     Attributes:
         accuracy: share of tokens whose target has the largest logit (the lowest index wins a tie).
@@ -430,9 +483,12 @@ def linear_cross_entropy(
         targets: [*] int64 in [0, V), or ``row_loss.ignore_index``.
         bias: [V].
         branches: LoRA on the head, as in :func:`fasttune.ops.lora_linear_group`, without LoRA bias.
-        row_loss: label smoothing, z-loss, softcap, logit scale and ignore_index; plain cross-entropy if None.
-        reduction: "mean" over the tokens that are not ignored (NaN if there are none, as torch), or "sum".
-        num_items_in_batch: divides the sum instead, as transformers does under gradient accumulation.
+        row_loss: label smoothing, z-loss, softcap, logit scale and ignore_index; plain
+            cross-entropy if None.
+        reduction: "mean" over the tokens that are not ignored (NaN if there are none, as torch),
+            or "sum".
+        num_items_in_batch: divides the sum instead, as transformers does under gradient
+            accumulation.
         return_stats: also return token accuracy and entropy.
         seed: 0-d int64 dropout seed of the branches; drawn if None.
 
@@ -441,13 +497,15 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: shapes, devices, the reduction or (on the CPU) the range of targets do not fit; on CUDA a target out
-            of range trips a device-side assertion, without synchronisation.
+        ValueError: shapes, devices, the reduction or (on the CPU) the range of targets do not fit;
+            on CUDA a target out of range trips a device-side assertion, without synchronisation.
     """
     row_loss = row_loss or CrossEntropy()
     _validate(hidden, weight, targets, bias, branches, row_loss, reduction)
     compute_dtype = _torch.autocast_dtype(hidden.device.type) or hidden.dtype
-    sums = apply_head(hidden, weight, targets, bias, branches, row_loss, compute_dtype, return_stats, seed)
+    sums = apply_head(
+        hidden, weight, targets, bias, branches, row_loss, compute_dtype, return_stats, seed
+    )
     count = (targets != row_loss.ignore_index).sum()
     loss = sums[0]
     if num_items_in_batch is not None:
@@ -491,7 +549,7 @@ def apply_head(
             compute_dtype, options,
         )  # fmt: skip
     facts = (scaling_tensors, scalings, thresholds, compute_dtype, options, need_stats)
-    sums: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    sums: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(
         facts, hidden2, targets1, seed, weight, bias, *factors[0], *factors[1]
     )
     return sums
@@ -523,7 +581,9 @@ def _validate(
 
 
 def check_targets(targets: Tensor, shape: Sequence[int], vocab: int, ignore_index: int) -> None:
-    """Raises for targets of another shape or dtype, or (CPU) out of range; asserts on the device elsewhere."""
+    """Raises for targets of another shape or dtype, or (CPU) out of range; asserts on the device
+    elsewhere.
+    """
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets: expected an int64 tensor, got {kind}")

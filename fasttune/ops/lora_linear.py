@@ -1,27 +1,29 @@
 """lora_linear: projections of one input with any number of LoRA branches each.
 
-Maths, for projection i with branches j (an active adapter each), every product accumulated in fp32:
+Maths, for projection i with branches j (an active adapter each), products accumulated in fp32:
 
-    t_ij = s_ij / (1 - p_ij) (x * keep_ij) A_ij^T                 [M, R]   fp32, saved
-    y_i  = x W_i^T + bias_i + sum_j s_ij lora_bias_ij + sum_j t_ij B_ij^T      [M, N_i]
+    t_ij = s_ij / (1 - p_ij) (x * keep_ij) A_ij^T                             [M, R], fp32, saved
+    y_i = x W_i^T + bias_i + sum_j s_ij lora_bias_ij + sum_j t_ij B_ij^T      [M, N_i]
 
-    d_ij = s_ij / (1 - p_ij) dy_i B_ij                            [M, R]   fp32
-    dx   = sum_i (dy_i W_i + sum_j keep_ij * (d_ij A_ij))         [M, K]
+    d_ij = s_ij / (1 - p_ij) dy_i B_ij                                        [M, R], fp32
+    dx = sum_i (dy_i W_i + sum_j keep_ij * (d_ij A_ij))                       [M, K]
     dA_ij = d_ij^T (x * keep_ij),  dB_ij = dy_i^T t_ij,  dW_i = dy_i^T x
     dbias_i = sum_m dy_i,  dlora_bias_ij = s_ij dbias_i
 
-Saved for backward: x as it came (only if A or W trains), W, A, B and t. The dropout mask is drawn again from the seed
-(docs/design.md states the format).
+Saved for backward: x as it came (only if A or W trains), t and parameters. The dropout mask is
+drawn again from the seed (docs/design.md states the format).
 
-Precision. C is the compute dtype: the autocast dtype under autocast, else the dtype of x, which then must be that of W.
-y has dtype C, dx that of x, every parameter gradient that of its parameter. The LoRA branch uses x, dy, A and B as stored, whatever
-their dtypes, and keeps t and d in fp32: an fp32 adapter on a bf16 base is never rounded.
+Precision: C is the compute dtype, the autocast dtype under autocast, else the dtype of x, which
+then must be that of W. y has dtype C, dx that of x, a parameter's gradient that of the parameter.
+The LoRA branch uses x, dy, A and B as stored, whatever their dtypes, and keeps t and d in fp32: an
+fp32 adapter on a bf16 base is never rounded. docs/precision.md has the table of all combinations.
 
-    vendor product in C (GPU, AMX, fp32)   y0 = bias + t B^T is rounded to C, then addmm adds x W^T in fp32 and rounds; under
-                                           autocast x and W are rounded to C first, as torch does. dx likewise.
-    products through fp32 (other CPUs)     x W^T stays in fp32 until the branch and the bias are added: one rounding.
+- Vendor product in C (GPU, AMX, fp32): y0 = bias + t B^T is rounded to C, then addmm adds x W^T in
+  fp32 and rounds; under autocast x and W are rounded to C first, as torch does. dx likewise.
+- Products through fp32 (other CPUs): x W^T stays in fp32 until branch and bias are added, one
+  rounding.
 
-Semantics: peft.tuners.lora.layer.Linear.forward (PEFT 0.21), LoRA (Hu et al., 2021).
+Semantics: peft.tuners.lora.layer.Linear.forward (PEFT 0.21); LoRA (Hu et al., 2021).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +54,8 @@ class LoraBranch:
         b: [N, R].
         scaling: a float, or a 0-d tensor on the device of ``a`` (read without synchronisation).
         bias: [N] or None: PEFT's ``lora_bias``, scaled like the branch.
-        dropout_p: probability in [0, 1) to drop an element of the branch's input; rounded to 1 / 65536.
+        dropout_p: probability in [0, 1) to drop an element of the branch's input; rounded to 1 /
+            65536.
     """
 
     a: Tensor
@@ -92,7 +96,7 @@ def _ranges(counts: Sequence[int]) -> list[range]:
     ends = [0]
     for count in counts:
         ends.append(ends[-1] + count)
-    return [range(start, end) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [range(start, end) for start, end in pairwise(ends)]
 
 
 def _total_bias(
@@ -126,7 +130,20 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
 
 def _forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The forward in terms of the primitives of a backend."""
-    (x, weights, biases, a, b, lora_biases, scaling_tensors, scalings, thresholds, counts, seed, dtype) = args
+    (
+        x,
+        weights,
+        biases,
+        a,
+        b,
+        lora_biases,
+        scaling_tensors,
+        scalings,
+        thresholds,
+        counts,
+        seed,
+        dtype,
+    ) = args
     ys, ts = [], []
     for i, branches in enumerate(_ranges(counts)):
         own = [
@@ -175,8 +192,24 @@ def _add_base(
 
 
 def _backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
-    """The backward in terms of the primitives of a backend; `needs` states the order of gradients."""
-    (dys, x, weights, a, b, ts, scaling_tensors, scalings, thresholds, counts, seed, x_dtype, needs) = args
+    """The backward in terms of the primitives of a backend; `needs` states the order of
+    gradients.
+    """
+    (
+        dys,
+        x,
+        weights,
+        a,
+        b,
+        ts,
+        scaling_tensors,
+        scalings,
+        thresholds,
+        counts,
+        seed,
+        x_dtype,
+        needs,
+    ) = args
     need = _Needs.unpack(needs, len(weights), len(a))
     dbs: list[Tensor | None] = [None] * len(a)
     ds: dict[int, Tensor] = {}
@@ -238,8 +271,8 @@ def _input_side(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and every dA.
 
-    Through fp32, the sum travels in an fp32 addend and only the last branch rounds. With vendor products the
-    branches are written first and addmm adds dy W on top, which hides a read of dx.
+    Through fp32, the sum travels in an fp32 addend and only the last branch rounds. With vendor
+    products the branches are written first and addmm adds dy W on top, which hides a read of dx.
     """
     fp32 = prims is _native and _gemm.through_fp32(dys[0].device, dys[0].dtype)
     total: Tensor | None = None
@@ -305,7 +338,8 @@ class _Needs:
         return _Needs(flags[0], *parts)
 
 
-# ---------------------------------------------------------------------------- the ops and their backends
+# ---------------------------------------------------------------------------- the ops and their
+# backends
 
 _TENSORS = "Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] lora_biases"
 _FACTS = "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, int[] counts, Tensor? seed"
@@ -463,7 +497,11 @@ def _fwd_reference(
             scale_tensor = scaling_tensors[j]
             if scale_tensor is not None:
                 scale = scale * scale_tensor.to(wide)
-            t = (x.to(wide) * keep) @ a[j].to(wide).t() * (_dropout.keep_scale(thresholds[j]) * scale)
+            t = (
+                (x.to(wide) * keep)
+                @ a[j].to(wide).t()
+                * (_dropout.keep_scale(thresholds[j]) * scale)
+            )
             y = y + t @ b[j].to(wide).t()
             lora_bias = lora_biases[j]
             if lora_bias is not None:
@@ -503,7 +541,9 @@ def _bwd_reference(
         if need.w[i] and x is not None:
             dws[i] = (dy.t() @ x.to(dys[i].dtype).to(wide)).to(weights[i].dtype)
         for j in branches:
-            keep = _dropout.keep_mask(seed, thresholds[j], rows, features, branch=j, device=dy.device)
+            keep = _dropout.keep_mask(
+                seed, thresholds[j], rows, features, branch=j, device=dy.device
+            )
             scale: float | Tensor = scalings[j] * _dropout.keep_scale(thresholds[j])
             scale_tensor = scaling_tensors[j]
             if scale_tensor is not None:
@@ -542,7 +582,8 @@ class _LoraLinear(torch.autograd.Function):
         need_x, _, *rest = ctx.needs_input_grad[1:]
         needs = [need_x, *rest[: len(rest) - len(scaling_tensors)]]
         need = _Needs.unpack(needs, len(weights), len(a))
-        # Keep only what this combination of frozen and trained tensors needs; parameters cost nothing.
+        # Keep only what this combination of frozen and trained tensors needs; parameters cost
+        # nothing.
         ctx.save_for_backward(
             x if any(need.a) or any(need.w) else None,
             seed,
@@ -580,9 +621,12 @@ class _LoraLinear(torch.autograd.Function):
             ],
             None if x is None else x.reshape(rows, ctx.shape[-1]),
             weights, a, b, ts, scaling_tensors,
-            list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, ctx.x_dtype, ctx.needs,
+            list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, ctx.x_dtype,
+            ctx.needs,
         )  # fmt: skip
-        run = BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
+        run = (
+            BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
+        )
         grads = iter(run(*args))
         dx, *rest = [next(grads) if flag else None for flag in ctx.needs]
         if dx is not None:
@@ -590,7 +634,10 @@ class _LoraLinear(torch.autograd.Function):
         dws, dbiases, das, dbs, dlora_biases = _split(rest, (n, n, k, k, k))
         dtypes = iter(ctx.bias_dtypes)
         dbiases = [g if g is None else g.to(t) for g, t in zip(dbiases, dtypes, strict=False)]
-        dlora_biases = [g if g is None else g.to(t) for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)]
+        dlora_biases = [
+            g if g is None else g.to(t)
+            for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)
+        ]
         return None, dx, None, *dws, *dbiases, *das, *dbs, *dlora_biases, *(None,) * k
 
 
@@ -608,8 +655,12 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     return parts
 
 
-def _pack(projections: Sequence[LoraProjection]) -> tuple[list[Any], list[float], list[float], list[int]]:
-    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors), scalings, dropouts, counts."""
+def _pack(
+    projections: Sequence[LoraProjection],
+) -> tuple[list[Any], list[float], list[float], list[int]]:
+    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors), scalings, dropouts,
+    counts.
+    """
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
     flat: list[Any] = [projection.weight for projection in projections]
@@ -641,16 +692,17 @@ def lora_linear_group(
 
     Args:
         x: [*, K], fp32, bf16, fp16 (fp64 on the reference backend), any leading shape, also empty.
-        projections: weights [N_i, K] of one dtype and device with x; outside autocast also of x's dtype. Adapters may
-            have another float dtype.
-        seed: 0-d int64 tensor on the device of x that fixes the dropout masks; drawn from torch's generator of the
-            device if None and a branch has dropout.
+        projections: weights [N_i, K] of one dtype and device with x; outside autocast also of x's
+            dtype. Adapters may have another float dtype.
+        seed: 0-d int64 tensor on the device of x that fixes the dropout masks; drawn from torch's
+            generator of the device if None and a branch has dropout.
 
     Returns:
         One tensor [*, N_i] a projection, in x's dtype or, under autocast, in autocast's.
 
     Raises:
-        TypeError: an argument is no tensor, has no float dtype, or x and weight differ in dtype outside autocast.
+        TypeError: an argument is no tensor, has no float dtype, or x and weight differ in dtype
+            outside autocast.
         ValueError: shapes or devices do not fit, or a dropout probability is outside [0, 1).
 
     Semantics of each projection: ``peft.tuners.lora.layer.Linear.forward`` (PEFT 0.21).
@@ -724,9 +776,13 @@ def _validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | N
             if isinstance(branch.scaling, Tensor):
                 _check_shape("scaling", branch.scaling, (), x.device)
                 if branch.scaling.requires_grad:
-                    raise ValueError("scaling: expected a tensor without requires_grad, got a trained one")
+                    raise ValueError(
+                        "scaling: expected a tensor without requires_grad, got a trained one"
+                    )
             _dropout.threshold(branch.dropout_p)
-    if seed is not None and (seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device):
+    if seed is not None and (
+        seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device
+    ):
         raise ValueError(
             f"seed: expected a 0-d int64 tensor on {x.device}, "
             f"got shape {tuple(seed.shape)} {seed.dtype} on {seed.device}"

@@ -1,5 +1,20 @@
 """patch, unpatch and what can be asked of a patched model."""
 
+from fasttune.patching.compare import Comparison, compare
 from fasttune.patching.engine import is_patched, patch, unpatch
+from fasttune.patching.report import Explanation, Report, explain, report
+from fasttune.patching.verify import Verification, verify
 
-__all__ = ["is_patched", "patch", "unpatch"]
+__all__ = [
+    "Comparison",
+    "Explanation",
+    "Report",
+    "Verification",
+    "compare",
+    "explain",
+    "is_patched",
+    "patch",
+    "report",
+    "unpatch",
+    "verify",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 
-
 from torch import nn
 
 from fasttune.errors import PatchError
@@ -28,16 +27,21 @@ def patch(
 ) -> nn.Module:
     """Replace what fasttune can compute faster and proves equal, in place.
 
-    Idempotent and incremental: call it again after ``get_peft_model`` or ``add_adapter``. Parameters, state_dict keys and hooks
-    stay; what is not covered takes the original path, counted with its reason (:func:`fasttune.explain`).
+    Idempotent and incremental: call it again after ``get_peft_model`` or ``add_adapter``.
+        Parameters, state_dict keys and hooks
+    stay; what is not covered takes the original path, counted with its reason
+    (:func:`fasttune.explain`).
 
     Args:
-        model: any module: a PeftModel, a transformers model with adapters, or a module that contains them.
-        include: patch only modules with these names or name endings, as PEFT's ``target_modules``; None means all.
+        model: any module: a PeftModel, a transformers model with adapters, or a module that
+            contains them.
+        include: patch only modules with these names or name endings, as PEFT's ``target_modules``;
+            None means all.
         exclude: leave these modules alone.
         kinds: subset of {"lora", "loss"}; None means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
-        strict: raise PatchError if nothing fits, and at the first call that takes the original path.
+        strict: raise PatchError if nothing fits, and at the first call that takes the original
+            path.
 
     Returns:
         The same model.
@@ -45,8 +49,8 @@ def patch(
     Raises:
         TypeError: model is no nn.Module.
         ValueError: an unknown kind.
-        PatchError: parameters are already sharded (FSDP, ZeRO-3): patch before sharding; or strict and nothing fits.
-            The model is then as it was before the call.
+        PatchError: parameters are already sharded (FSDP, ZeRO-3): patch before sharding; or strict
+            and nothing fits. The model is then as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -81,7 +85,8 @@ def unpatch(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no nn.Module.
-        PatchError: another library swapped a class on top of ours (FSDP2, parametrize); nothing is changed then.
+        PatchError: another library swapped a class on top of ours (FSDP2, parametrize); nothing is
+            changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -172,13 +177,16 @@ def _swap(
     module: nn.Module, name: str, kind: str, strict: bool, undo: list[Callable[[], None]]
 ) -> None:
     swap.swap(module, kind)
-    undo.append(lambda: (swap.restore(module, kind), state.detach(module, kind))[0])
+
+    def take_back() -> None:
+        swap.restore(module, kind)
+        state.detach(module, kind)
+
+    undo.append(take_back)
     state.attach(module, state.ModuleState(name or type(module).__name__, kind, strict))
 
 
-def _swap_head(
-    causal: nn.Module, name: str, strict: bool, undo: list[Callable[[], None]]
-) -> None:
+def _swap_head(causal: nn.Module, name: str, strict: bool, undo: list[Callable[[], None]]) -> None:
     head = transformers.head(causal)
     if loss.HEAD in swap.kinds_of(head):
         return
@@ -249,11 +257,10 @@ def _check_kinds(kinds: Iterable[str] | None, fused_loss: bool) -> set[str]:
 def _nothing_to_patch(model: nn.Module, skipped: dict[str, str], strict: bool) -> None:
     reasons = sorted(set(skipped.values()))
     detail = "; ".join(reasons) or (
-        "no LoRA layer and no causal language model was found (call fasttune.patch after get_peft_model)"
+        "no LoRA layer and no causal language model was found "
+        "(call fasttune.patch after get_peft_model)"
     )
     message = f"fasttune.patch found nothing to fuse in {type(model).__name__}: {detail}"
     if strict:
         raise PatchError(message)
     state.logger.warning(message)
-
-

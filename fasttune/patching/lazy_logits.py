@@ -1,8 +1,9 @@
 """LazyLogits: what the head returns while a loss is about to consume its logits.
 
-It is no tensor, so output walkers (accelerate, DDP) leave it alone. The arithmetic that models do between head and loss
-(scale, divide, tanh) is recorded, so that one mechanism covers every causal language model; anything else that touches
-the object gets the real logits.
+It is no tensor, so output walkers (accelerate, DDP) leave it alone. The arithmetic that models do
+between head and loss (scale, divide, tanh) is recorded, so that one mechanism covers every causal
+language model;
+anything else that touches the object gets the real logits.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from torch import Tensor, nn
 
 from fasttune import _torch
 
+_Number = float  # inside the class, ``float`` is the tensor method
 _SWITCH = "fasttune.patch(model, fused_loss=False)"
-
-# Tensor methods that change nothing about the values that a loss in fp32 sees.
-_TRANSPARENT = ("contiguous", "float")
 
 
 class LazyLogits:
@@ -28,8 +27,8 @@ class LazyLogits:
     Args:
         hidden: [*, H], the head's input.
         head: the module whose output the logits are.
-        project: ``project(head, hidden)``, the head's own forward; a module-level function, so that deepcopy of the model
-            does not drag another head along.
+        project: ``project(head, hidden)``, the head's own forward; a module-level function, so that
+            deepcopy of the model does not drag another head along.
     """
 
     def __init__(
@@ -41,9 +40,13 @@ class LazyLogits:
         parent: LazyLogits | None = None,
     ) -> None:
         self._hidden, self._head, self._project, self._chain = hidden, head, project, chain
-        self._versions = [(p, p._version) for p in head.parameters()] if parent is None else parent._versions
+        self._versions: list[tuple[Tensor, int]] = (
+            [(p, p._version) for p in head.parameters()] if parent is None else parent._versions
+        )
         device_type = hidden.device.type
-        self._autocast = _torch.autocast_dtype(device_type) if parent is None else parent._autocast
+        self._autocast: torch.dtype | None = (
+            _torch.autocast_dtype(device_type) if parent is None else parent._autocast
+        )
         self._values: dict[bool, Tensor] = {}
         self._touched: list[str] = [] if parent is None else parent._touched
 
@@ -86,9 +89,12 @@ class LazyLogits:
         """The real logits, with the graph if gradients are enabled.
 
         Raises:
-            RuntimeError: a parameter of the head changed since the head was called, so they can no longer be computed.
+            RuntimeError: a parameter of the head changed since the head was called, so they can no
+                longer be computed.
         """
-        enabled = torch.is_grad_enabled()  # logits first read under no_grad must not lose their gradient later
+        enabled = (
+            torch.is_grad_enabled()
+        )  # logits first read under no_grad must not lose their gradient later
         cached = self._values.get(enabled)
         if cached is not None:
             return cached
@@ -96,8 +102,9 @@ class LazyLogits:
         for parameter, version in self._versions:
             if parameter._version != version:
                 raise RuntimeError(
-                    "the logits of this forward were not computed, because the loss did not need them, and the head has "
-                    f"been updated since; read them before optimizer.step() or use {_SWITCH}"
+                    "the logits of this forward were not computed, because the loss did not need "
+                    "them, and the head has been updated since; read them before optimizer.step() "
+                    f"or use {_SWITCH}"
                 )
         device_type = self._hidden.device.type
         if self._autocast is not None:
@@ -143,7 +150,7 @@ class LazyLogits:
     def tanh(self) -> LazyLogits | Tensor:
         return self._record("tanh", 0.0)
 
-    def _record(self, operation: str, value: float) -> LazyLogits | Tensor:
+    def _record(self, operation: str, value: _Number) -> LazyLogits | Tensor:
         if self._values:  # somebody holds the real logits and may have written into them
             real = self.materialize()
             return torch.tanh(real) if operation == "tanh" else real * value
@@ -161,6 +168,9 @@ class LazyLogits:
         if isinstance(other, (int, float)) and other != 0:
             return self._record("mul", 1.0 / other)
         return self.materialize("division") / other
+
+    def __neg__(self) -> Tensor:
+        return -self.materialize("negation")
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.materialize("indexing")[index]
@@ -184,7 +194,11 @@ class LazyLogits:
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if function in (torch.tanh, Tensor.tanh) and len(args) == 1 and not kwargs:
             return args[0].tanh()
@@ -204,9 +218,24 @@ def _binary(name: str) -> Callable[[LazyLogits, Any], Any]:
     return method
 
 
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "pow", "matmul", "rmatmul", "eq", "ne", "lt", "le", "gt", "ge"):
+for _name in (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "rtruediv",
+    "pow",
+    "matmul",
+    "rmatmul",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
     setattr(LazyLogits, f"__{_name}__", _binary(f"__{_name}__"))
-LazyLogits.__neg__ = lambda self: -self.materialize("negation")  # type: ignore[attr-defined]
+# Comparisons are elementwise, as a tensor's; hashing stays by identity, as a tensor's.
 LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 

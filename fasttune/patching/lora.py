@@ -24,7 +24,7 @@ def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: A
         return original(layer, x, *args, **kwargs)
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
     y = apply_group(x, (peft.projection(layer),), compute_dtype)[0]
-    node = y.grad_fn
+    node: Any = y.grad_fn
     if node is not None:
         backend = node.backend.name if node.backend else "dispatched"
         state.note_fused(state.of(layer, KIND), backend, node.saved_bytes)

@@ -1,7 +1,8 @@
 """The loss of a causal language model without its logits.
 
-Two swaps work together: the model's forward (kind "loss") arms its head while labels are given in training, and the armed head
-(kind "head") returns LazyLogits, which the model's loss_function consumes with the fused linear cross-entropy.
+Two swaps work together: the model's forward (kind "loss") arms its head while labels are given in
+training, and the armed head (kind "head") returns LazyLogits, which the model's loss_function
+consumes with the fused linear cross-entropy.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ def _arm(head: nn.Module) -> Iterator[None]:
 
 
 def _model_forward(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or not model.training or not _has_labels(original, args, kwargs):
+    if (
+        torch.compiler.is_compiling()
+        or not model.training
+        or not _has_labels(original, args, kwargs)
+    ):
         return original(model, *args, **kwargs)
     record = state.of(model, KIND)
     _warn_of_new_adapters(model)
@@ -69,7 +74,9 @@ def _has_labels(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if len(args) < 2:
         return False
     names = list(inspect.signature(original).parameters)[1:]  # without self
-    return any(name == "labels" and value is not None for name, value in zip(names, args, strict=False))
+    return any(
+        name == "labels" and value is not None for name, value in zip(names, args, strict=False)
+    )
 
 
 def _why_original(model: nn.Module) -> Reason | None:
@@ -102,7 +109,8 @@ def _warn_of_new_adapters(model: nn.Module) -> None:
     ]
     if missed and state.on_first_rank():
         state.logger.warning(
-            "%d LoRA layers were added after fasttune.patch and are not fused (first: %s); call fasttune.patch again",
+            "%d LoRA layers were added after fasttune.patch and are not fused (first: %s); "
+            "call fasttune.patch again",
             len(missed),
             missed[0],
         )
@@ -149,7 +157,11 @@ def why_head_original(head: nn.Module) -> Reason | None:
     if swap.original_class(module) is not nn.Linear:
         return Reason(f"the output head is {swap.original_class(module).__name__}, not nn.Linear")
     weight = module._parameters["weight"]
-    if weight is None or not _torch.all_plain((weight, module._parameters["bias"])) or not weight.numel():
+    if (
+        weight is None
+        or not _torch.all_plain((weight, module._parameters["bias"]))
+        or not weight.numel()
+    ):
         return Reason("the head's weight is quantised, sharded, offloaded or on meta")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Reason(f"the head's weight is {weight.dtype}")
@@ -171,7 +183,10 @@ def effective_head(head: nn.Module) -> tuple[Tensor, Tensor | None, list[LoraBra
         if branch.bias is not None:
             term = branch.bias * branch.scaling
             bias = term if bias is None else bias + term
-    plain = [LoraBranch(branch.a, branch.b, branch.scaling, None, branch.dropout_p) for branch in branches]
+    plain = [
+        LoraBranch(branch.a, branch.b, branch.scaling, None, branch.dropout_p)
+        for branch in branches
+    ]
     return module.weight, bias, plain
 
 
@@ -179,7 +194,8 @@ def effective_head(head: nn.Module) -> tuple[Tensor, Tensor | None, list[LoraBra
 
 
 class FusedCausalLMLoss:
-    """Stands in for ``transformers.loss.loss_utils.ForCausalLMLoss``, with its arguments and semantics."""
+    """Stands in for ``transformers.loss.loss_utils.ForCausalLMLoss``, with its arguments and
+    semantics."""
 
     def __init__(self, original: Any, record: state.ModuleState, previous: Any) -> None:
         self.original, self.record, self.previous = original, record, previous
@@ -226,7 +242,12 @@ class FusedCausalLMLoss:
         return None
 
     def _fused(
-        self, logits: LazyLogits, labels: Any, num_items_in_batch: Any, ignore_index: int, shift_labels: Any
+        self,
+        logits: LazyLogits,
+        labels: Any,
+        num_items_in_batch: Any,
+        ignore_index: int,
+        shift_labels: Any,
     ) -> Tensor:
         hidden = logits.hidden
         if shift_labels is None:
@@ -240,11 +261,14 @@ class FusedCausalLMLoss:
         dtype = logits.autocast_dtype or hidden.dtype
         total = apply_head(hidden, weight, targets, bias, branches, row_loss, dtype)[0]
         state.note_fused(self.record, backend_of(total), saved_bytes_of(total))
+        if (adapter := state.all_of(logits.head).get("lora")) is not None:
+            state.note_fused(adapter, backend_of(total), 0)  # its branches ran inside the loss
         if num_items_in_batch is None:
-            return total / (targets != ignore_index).sum()
-        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = (targets != ignore_index).sum()
+        elif isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        loss: Tensor = total / num_items_in_batch
+        return loss
 
 
 def backend_of(output: Tensor) -> str:

@@ -1,4 +1,5 @@
-"""What a patched module remembers about its calls, and the one place where fallbacks are counted."""
+"""What a patched module remembers about its calls, and the one place where fallbacks are
+counted."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class ModuleState:
 
     @property
     def path(self) -> str:
-        """"fused", "original", or "pending" before the first call."""
+        """ "fused", "original", or "pending" before the first call."""
         if self.fused_calls and not self.unexpected:
             return "fused"
         if self.unexpected:

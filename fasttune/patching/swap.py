@@ -1,13 +1,18 @@
 """Class swap: a module's class becomes a subclass of its exact class with another ``forward``.
 
-Parameters, state_dict keys, hooks, isinstance and the class's name survive, and gradient checkpointing, which wraps
-``__call__``, still applies. An instance-level ``forward`` would not survive deepcopy, pickle or checkpointing.
+Parameters, state_dict keys, hooks, isinstance and the class's name survive, and gradient
+checkpointing, which wraps ``__call__``, still applies. An instance-level ``forward`` would not
+survive deepcopy, pickle or
+checkpointing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch import nn
@@ -16,6 +21,24 @@ from fasttune.errors import PatchError
 
 # forward(module, original_forward, *args, **kwargs); original_forward takes the module first.
 Forward = Callable[..., Any]
+
+
+class _Stock(threading.local):
+    active = False
+
+
+_stock = _Stock()
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """On this thread, swapped modules run their original forward: the stock model, in place."""
+    previous, _stock.active = _stock.active, True
+    try:
+        yield
+    finally:
+        _stock.active = previous
+
 
 _forwards: dict[str, Forward] = {}
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
@@ -31,11 +54,13 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
     cached = _classes.get((original, kind))
     if cached is not None:
         return cached
-    fused, stock = _forwards[kind], original.forward
+    fused, own = _forwards[kind], original.forward
 
-    @functools.wraps(stock)  # trainers read the signature of forward
+    @functools.wraps(own)  # trainers read the signature of forward
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return fused(self, stock, *args, **kwargs)
+        if _stock.active:
+            return own(self, *args, **kwargs)
+        return fused(self, own, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         root, kinds = _history(type(self))
@@ -51,7 +76,10 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
         "_fasttune_kind": kind,
         "_fasttune_original": original,
     }
-    subclass = cast("type[nn.Module]", type(original)(original.__name__, (original,), namespace))
+    subclass = cast(
+        "type[nn.Module]",
+        types.new_class(original.__name__, (original,), exec_body=lambda ns: ns.update(namespace)),
+    )
     _classes[original, kind] = subclass
     return subclass
 

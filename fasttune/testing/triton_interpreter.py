@@ -110,7 +110,7 @@ def _builder_overrides() -> dict[str, Callable[..., Any]]:
             return original["binary_op"](self, lhs, rhs, op)
         output = op(_widen(lhs).data, _widen(rhs).data)
         # A comparison gives booleans; arithmetic rounds once.
-        return TensorHandle(output, tl.bfloat16) if output.dtype == bool else _narrow(output)
+        return TensorHandle(output, tl.int1) if output.dtype == bool else _narrow(output)
 
     def unary_op(self: Any, arg: TensorHandle, op: Any) -> TensorHandle:
         if not _is_bfloat16(arg):

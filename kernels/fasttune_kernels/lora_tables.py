@@ -24,49 +24,61 @@ def arithmetic_of(gpu: Gpu, lhs: torch.dtype, rhs: torch.dtype) -> str:
     return "terms" if torch.bfloat16 in (lhs, rhs) else "terms6"
 
 
-def has_small_shared_memory(capability: int) -> bool:
-    """Whether a program gets at most 99 KB (64 KB on sm_75) instead of 163 KB or more."""
-    return capability in (75, 86, 87, 89, 120, 121)
+# The tiles fit every GPU from sm_75 to sm_120, so `capability` decides nothing yet: it stays in the
+# key because a measurement may.
 
 
 @functools.cache
 def down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
-    if arithmetic == "fma":
-        return Tile(64, 32, 4 if block_r <= 64 else 8, 3)
+    """[rows of x, features per step]."""
     if arithmetic == "mma":
         return Tile(64, 64, 4, 4) if block_r <= 64 else Tile(128, 64, 8, 3)
-    return Tile(64, 64, 4, 4) if block_r <= 32 else Tile(64, 64, 8, 3)
+    if arithmetic == "fma":
+        if block_r == 64:
+            return Tile(32, 32, 4, 3)
+        return Tile(64, 32, 4 if block_r < 64 else 8, 3)
+    if block_r <= 32:
+        return Tile(64, 64, 4, 4)
+    return Tile(64, 32, 4 if block_r == 64 and arithmetic == "terms" else 8, 4)
 
 
 @functools.cache
 def up_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
-    if arithmetic == "fma":
-        return Tile(64, 64, 4, 2)
-    return Tile(64, 128, 4 if block_r <= 32 else 8, 2)
+    """[rows, columns of the output]."""
+    return Tile(32, 64, 4, 2) if arithmetic == "fma" else Tile(64, 128, 4, 2)
 
 
 @functools.cache
 def up_block_r(arithmetic: str, block_r: int) -> int:
-    """The step through the rank. Multiply-adds hold a whole step of both operands in registers."""
-    return 16 if arithmetic == "fma" else min(block_r, 64)
+    """The step through the rank: both operands of a step, with all their terms, sit in registers."""
+    return min(block_r, 16 if arithmetic == "fma" else 32)
 
 
 @functools.cache
 def weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
+    """[rows per step, features of the output]."""
     if arithmetic == "fma":
-        return Tile(32, 64, 4, 3) if block_r <= 64 else Tile(16, 64, 4, 3)
-    if block_r <= 32:
-        return Tile(64, 128, 4, 3)
-    return Tile(32, 128, 8, 3)
+        if block_r <= 32:
+            return Tile(32, 64, 4, 3)
+        return Tile(16, 64, 4 if block_r == 64 else 8, 4)
+    if block_r >= 64:
+        return Tile(32, 128, 8, 3)
+    return Tile(32, 128, 4, 4) if arithmetic == "terms6" and block_r == 32 else Tile(64, 128, 4, 3)
 
 
 @functools.cache
 def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
-    """None where two products are better: the rank is too high for the partial sums to pay."""
+    """[rows per step, columns], or None where two products are better.
+
+    Above rank 32 the partial sums cost as much traffic as a second read of dY. fp32 multiply-adds at
+    ranks 17 to 32 have no tile without spills that is wide enough for the partial sums to pay.
+    """
     if block_r > 32:
         return None
     if arithmetic == "fma":
         return Tile(32, 64, 4, 3) if block_r <= 16 else None
     if arithmetic == "mma":
-        return Tile(64, 256, 8, 2 if has_small_shared_memory(capability) else 3)
+        return Tile(64, 256, 8, 3) if block_r <= 16 else Tile(32, 256, 8, 3)
+    if arithmetic == "terms6":
+        return Tile(32, 64, 4, 3)
     return Tile(64, 128, 4 if block_r <= 16 else 8, 3)

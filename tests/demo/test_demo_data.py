@@ -127,9 +127,7 @@ def test_unicode_line_separators_inside_a_string_do_not_split_it(tmp_path: Path)
         ('{"conversations": [{"from": "human"}]}', "conversations[0].value must be a string"),
     ],
 )
-def test_malformed_line_is_named_with_its_number(
-    tmp_path: Path, line: str, complaint: str
-) -> None:
+def test_malformed_line_is_named_with_its_number(tmp_path: Path, line: str, complaint: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(DemoError) as error:

@@ -92,7 +92,7 @@ def test_refusing_template_names_the_line(tokenizer: Any) -> None:
     stock = tokenizer.chat_template
     tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
     try:
-        with pytest.raises(DemoError, match="line 9: .*no system turns"):
+        with pytest.raises(DemoError, match=r"line 9: .*no system turns"):
             encode_sample(tokenizer, chat("Why?", "Because.", line=9))
     finally:
         tokenizer.chat_template = stock
