@@ -18,6 +18,7 @@ import fasttune
 BATCH, SEQUENCE = 4, 256
 BATCHES = 8  # drawn once, used in turn
 LEARNING_RATE = 1e-4
+IGNORED = -100  # the label that transformers leaves out of the loss
 MAX_GRAD_NORM = 1.0  # the Trainer's default
 
 Batch = dict[str, Tensor]
@@ -107,11 +108,14 @@ def trainer_step(model: nn.Module, data: Sequence[Batch], device: str) -> Callab
     trainer.create_optimizer()
     wrapped, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped, trainer.optimizer = wrapped, optimizer
+    trainer.current_gradient_accumulation_steps = 1  # set by its loop over the batches
     turn = 0
 
     def step() -> Tensor:
         nonlocal turn
-        loss = trainer.training_step(wrapped, data[turn % len(data)])
+        batch = data[turn % len(data)]
+        tokens = (batch["labels"] != IGNORED).sum()
+        loss = trainer.training_step(wrapped, batch, num_items_in_batch=tokens)
         trainer.accelerator.clip_grad_norm_(wrapped.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         wrapped.zero_grad()

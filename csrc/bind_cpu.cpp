@@ -1,4 +1,5 @@
-// The extension module fasttune._cpu: addresses, sizes and codes in, no logic. _native.py validates.
+// The extension module fasttune._cpu: addresses, sizes and codes in, no logic. _native.py
+// validates.
 #include <pybind11/pybind11.h>
 
 #include "cpu/isa.h"
@@ -12,7 +13,8 @@ namespace {
 Matrix matrix(uintptr_t data, int64_t rows, int64_t cols, int64_t stride, int dtype) {
   return {reinterpret_cast<const void*>(data), rows, cols, stride, static_cast<DType>(dtype)};
 }
-MutableMatrix mutable_matrix(uintptr_t data, int64_t rows, int64_t cols, int64_t stride, int dtype) {
+MutableMatrix mutable_matrix(uintptr_t data, int64_t rows, int64_t cols, int64_t stride,
+                             int dtype) {
   return {reinterpret_cast<void*>(data), rows, cols, stride, static_cast<DType>(dtype)};
 }
 template <typename T>

@@ -54,7 +54,7 @@ class Op:
         """Decorator: register the implementation of backend ``name``."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.backends[name] = Backend(name, run, supports)
+            self.backends[name] = Backend(name, _outside_autocast(run), supports)
             return run
 
         return register
@@ -90,6 +90,19 @@ class Op:
     def registered(self) -> Any:
         """The op as torch sees it: ``torch.ops.fasttune.<name>.default``."""
         return getattr(torch.ops.fasttune, self.name).default
+
+
+def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Implementations choose every dtype themselves: autocast must not cast inside them."""
+
+    def wrapped(*args: Any) -> Any:
+        device_type = _device_type(args)
+        if _torch.autocast_dtype(device_type) is None:
+            return run(*args)
+        with torch.autocast(device_type, enabled=False):
+            return run(*args)
+
+    return wrapped
 
 
 def define(name: str, schema: str, fake: Callable[..., Any]) -> Op:

@@ -3,7 +3,9 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,12 @@ _PLAIN_TYPES = (Tensor, Parameter)
 
 
 def in_functorch() -> bool:
-    """True inside vmap, grad, jvp, ...: types still say Tensor there, so only the stack tells."""
+    """True inside vmap, grad, jvp, ...: types still say Tensor there, so only the stack tells.
+
+    False while torch.compile traces: its own functionalisation uses the same stack.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -44,3 +51,25 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator of a Function's backward: differentiating through its result raises.
+
+    torch's ``once_differentiable`` raises only if the incoming gradient requires one; with a constant
+    incoming gradient a second derivative would silently be zero.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph=True
+            return outputs
+        raises = torch._C._functions.DelayedError(
+            b"fasttune ops are differentiable once; for second derivatives call fasttune.unpatch(model)",
+            len(outputs),
+        )
+        return raises(*(None if out is None else out.detach().requires_grad_() for out in outputs))
+
+    return wrapper

@@ -293,6 +293,7 @@ def test_parts_add_up_and_gemm_separates():
     assert counts.bytes_moved == counts.total.gemm.bytes_moved + counts.outside_gemm.bytes_moved
     assert launches(counts.outside_gemm) == [("aten::sum", FP32 * M * N, FP32 * N)]
     assert counts.by_op["aten::sum"] == Traffic(1, FP32 * M * N, FP32 * N)
+    assert counts.total.opaque.calls == 0
     assert next(iter(counts.by_op)) == "aten::mm"  # moves most
 
 
@@ -348,8 +349,10 @@ def test_a_library_operator_is_one_call(library, device):
     x, w = (tensor(*shape, device=device, grad=False) for shape in ((M, K), (N, K)))
     counts = count(library.opaque, x, w, backward=False)
     assert counts.forward.launches == (
-        Launch("fasttune_accounting::opaque", FP32 * (M * K + N * K), FP32 * M * N),
+        Launch("fasttune_accounting::opaque", FP32 * (M * K + N * K), FP32 * M * N, opaque=True),
     )
+    assert counts.total.opaque == counts.total
+    assert "fasttune_accounting::opaque (opaque)" in str(counts)
     mutating = count(library.fill_rows_, x, x[0].clone(), backward=False)
     size = FP32 * M * K
     assert launches(mutating.forward) == [
@@ -379,6 +382,7 @@ def test_a_registered_cost_opens_a_library_operator(library, declared_cost, devi
     assert [launch.name for launch in forward.launches] == ["increment", "gemm"]
     assert launches(forward.outside_gemm) == [("increment", FP32 * M * K, FP32 * M * K)]
     assert forward.gemm.bytes_written == FP32 * M * N
+    assert forward.opaque.calls == 0
 
 
 def test_register_cost_refuses_bad_names_and_duplicates(declared_cost):

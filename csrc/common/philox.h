@@ -1,5 +1,5 @@
-// Philox4x32 with seven rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-// and the dropout format that every backend shares; docs/design.md states it.
+// Philox4x32 with seven rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
+// 2011) and the dropout format that every backend shares; docs/design.md states it.
 #pragma once
 
 #include <cstdint>

@@ -49,7 +49,8 @@ std::string isa_name() { return kernels().isa; }
 
 std::string isa_available() {
   std::string names;
-  for (const Kernels* table : runnable()) names += (names.empty() ? "" : ",") + std::string(table->isa);
+  for (const Kernels* table : runnable())
+    names += (names.empty() ? "" : ",") + std::string(table->isa);
   return names;
 }
 

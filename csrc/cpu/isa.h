@@ -14,7 +14,8 @@ const Kernels& kernels();
 // Name of the build in use, and all that this CPU can run, widest first, separated by commas.
 std::string isa_name();
 std::string isa_available();
-// Switches the build for the whole process (tests); throws std::runtime_error if it cannot run here.
+// Switches the build for the whole process (tests); throws std::runtime_error if it cannot run
+// here.
 void set_isa(const std::string& name);
 
 }  // namespace fasttune::cpu

@@ -6,8 +6,8 @@
 #include "math.h"
 #include "simd.h"
 
-// Floor: a row of 49152 bf16 logits is 96 KB and stays in the second-level cache, so the three sweeps
-// (maximum; sum of exponentials; gradient) cost one read and one write of memory per logit.
+// Floor: a row of 49152 bf16 logits is 96 KB and stays in the second-level cache, so the three
+// sweeps (maximum; sum of exponentials; gradient) cost one read and one write of memory per logit.
 namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
@@ -77,7 +77,8 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
     vf e_sum = {}, z_sum = {}, ez_sum = {};
     for (int64_t j = first; j < std::min(first + kSpan, vocab); j += kLanes) {
       const vi valid = lanes_from(j, vocab);
-      const vf z = select(valid, transform.apply(load_logits(element, row, j, vocab, 0.0f)), splat(0.0f));
+      const vf z =
+          select(valid, transform.apply(load_logits(element, row, j, vocab, 0.0f)), splat(0.0f));
       const vf e = select(valid, exp(z - splat(top)), splat(0.0f));
       e_sum += e;
       if (need_total) z_sum += z;
@@ -122,7 +123,8 @@ void cross_entropy_rows(const MutableMatrix& logits, const int64_t* targets,
                         const RowLossOptions& options, const RowLossOutputs& outputs, int threads) {
   with_element(logits.dtype, [&](auto element) {
     using E = decltype(element);
-    const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, logits.rows)));
+    const int team =
+        static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, logits.rows)));
 #pragma omp parallel for num_threads(team) schedule(dynamic, 4)
     for (int64_t i = 0; i < logits.rows; ++i) {
       auto* row = static_cast<typename E::type*>(logits.data) + i * logits.stride;

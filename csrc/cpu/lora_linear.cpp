@@ -4,9 +4,9 @@
 
 #include "tile.h"
 
-// Floor: with R = 16 each element of x takes one 16-lane FMA, so at two FMAs a cycle a kernel here is
-// bound by arithmetic, not by memory, unless x is far larger than the last-level cache. The tiles
-// keep one converted, masked piece of x in the first-level cache and the sums in registers.
+// Floor: with R = 16 each element of x takes one 16-lane FMA, so at two FMAs a cycle a kernel here
+// is bound by arithmetic, not by memory, unless x is far larger than the last-level cache. The
+// tiles keep one converted, masked piece of x in the first-level cache and the sums in registers.
 namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
@@ -162,7 +162,7 @@ void lora_outer(const Matrix& x, const float* t, int64_t rank, const Dropout& dr
   with_element(x.dtype, [&](auto element) {
     with_element(out.dtype, [&](auto result) {
       using Result = decltype(result);
-#pragma omp parallel for num_threads(team(threads, blocks * groups)) schedule(dynamic)
+#pragma omp parallel for num_threads(team(threads, blocks* groups)) schedule(dynamic)
       for (int64_t item = 0; item < blocks * groups; ++item) {
         const int64_t col = item / groups * kOuterColumns, group = item % groups;
         alignas(64) float sums[kOuterColumns * kLanes];

@@ -1,4 +1,5 @@
-// exp and tanh on sixteen lanes. Polynomials after Cephes (expf, tanhf); relative error below 2 ulp.
+// exp and tanh on sixteen lanes. Polynomials after Cephes (expf, tanhf); relative error below 2
+// ulp.
 #pragma once
 
 #include "simd.h"
@@ -7,7 +8,8 @@ namespace fasttune::cpu::FASTTUNE_ISA {
 
 inline vf exp(vf x) {
   const vf log2e = splat(1.44269504088896341f);
-  const vf clamped = select(x > splat(88.72f), splat(88.72f), select(x < splat(-87.3f), splat(-87.3f), x));
+  const vf clamped =
+      select(x > splat(88.72f), splat(88.72f), select(x < splat(-87.3f), splat(-87.3f), x));
   // n = round(x log2 e), by adding and subtracting 1.5 * 2^23.
   const vf shifter = splat(12582912.0f);
   const vf shifted = clamped * log2e + shifter;

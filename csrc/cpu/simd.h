@@ -153,9 +153,9 @@ struct Element<DType::kFloat16> {
     float lanes[kLanes];
     FASTTUNE_ISA::store(lanes, v);
     for (int i = 0; i < kLanes; i += 8)
-      _mm_storeu_si128(
-          reinterpret_cast<__m128i*>(p + i),
-          _mm256_cvtps_ph(_mm256_loadu_ps(lanes + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(lanes + i),
+                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
   static vf load(const uint16_t* p) {
@@ -201,10 +201,12 @@ inline uint64_t keep_bits(const Dropout& dropout, uint64_t row, uint64_t k) {
   const uint32_t row_lo = static_cast<uint32_t>(row), row_hi = static_cast<uint32_t>(row >> 32);
 #if defined(__AVX512F__)
   // 64-bit lane 2i holds counter i and lane 2i + 1 counter 4 + i, so that unpacking keeps order.
-  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(counter), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
+  __m512i c0 =
+      _mm512_add_epi64(_mm512_set1_epi64(counter), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
   __m512i c1 = _mm512_set1_epi64(row_lo), c2 = _mm512_set1_epi64(row_hi);
   __m512i c3 = _mm512_set1_epi64(dropout.branch);
-  const __m512i m0 = _mm512_set1_epi64(kPhiloxMultiplier0), m2 = _mm512_set1_epi64(kPhiloxMultiplier2);
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxMultiplier0),
+                m2 = _mm512_set1_epi64(kPhiloxMultiplier2);
   uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const __m512i p0 = _mm512_mul_epu32(c0, m0), p2 = _mm512_mul_epu32(c2, m2);
@@ -220,10 +222,8 @@ inline uint64_t keep_bits(const Dropout& dropout, uint64_t row, uint64_t k) {
   const __m512i low = _mm512_mask_shuffle_epi32(c0, odd, c1, static_cast<_MM_PERM_ENUM>(0xA0));
   const __m512i high = _mm512_mask_shuffle_epi32(c2, odd, c3, static_cast<_MM_PERM_ENUM>(0xA0));
   const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold));
-  const uint64_t first =
-      _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(low, high), threshold);
-  const uint64_t second =
-      _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(low, high), threshold);
+  const uint64_t first = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(low, high), threshold);
+  const uint64_t second = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(low, high), threshold);
   return first | second << 32;
 #else
   // Eight counters side by side: the compiler turns the inner loops into vector code.

@@ -27,7 +27,8 @@ inline void load_tile(E, const Matrix& x, const Dropout& dropout, int64_t row, i
       const uint64_t bits = keep_bits(dropout, global_row, static_cast<uint64_t>(col + span));
       const int64_t end = span + kMaskSpan < width ? span + kMaskSpan : width;
       for (int64_t j = span; j < end; j += kLanes)
-        store(out + j, keep_lanes(load(out + j), static_cast<uint32_t>(bits >> (j - span)) & 0xffffu));
+        store(out + j,
+              keep_lanes(load(out + j), static_cast<uint32_t>(bits >> (j - span)) & 0xffffu));
     }
   }
 }

@@ -9,4 +9,7 @@ Modules, in the order in which a run goes through them:
 - ``handle``, ``interrupt``, ``turns``, ``runner``: the parent, which gives the turns
 - ``display``: progress; ``record``: what was measured; ``output``: the output folder;
   ``report``: table, ``result.json`` and the plot
+
+Precision: the base model is loaded in the chosen dtype and the adapters are fp32, PEFT's default.
+There is no autocast: with a bf16 base the Trainer's own ``bf16`` stays off.
 """

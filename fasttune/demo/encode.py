@@ -19,7 +19,7 @@ from fasttune.demo.options import DemoError
 
 IGNORE = -100
 HELD_OUT_SHARE = 0.1
-MAX_HELD_OUT = 32  # more would spend the time budget on evaluation
+MAX_HELD_OUT = 24  # more would spend the time budget on evaluation
 
 # For models without a chat template. It adds no tokens to the vocabulary.
 PLAIN_TEMPLATE = (

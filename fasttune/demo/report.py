@@ -21,6 +21,7 @@ from fasttune.demo.record import RunRecord, WorkerRecord, finite
 SCHEMA_VERSION = 1
 _VERSIONED = ("fasttune", "torch", "transformers", "peft")
 _COLOURS = {"stock": "#777777", "patched": "#0b6fb8"}
+_LINES = {"stock": "-", "patched": "--"}  # both stay visible where they agree
 
 
 def hardware_name(device: str) -> str:
@@ -200,13 +201,14 @@ def write_plot(record: RunRecord, path: Path) -> None:
     loss, step_time = figure.subplots(1, 2)
     for name, worker in record.workers.items():
         numbers = [step.step for step in worker.steps]
-        style = {"color": _COLOURS[name], "label": name, "marker": ".", "linewidth": 1.2}
+        style = {"color": _COLOURS[name], "linestyle": _LINES[name], "label": name, "marker": "."}
         loss.plot(numbers, [step.loss for step in worker.steps], **style)
         step_time.plot(numbers, [step.seconds * 1e3 for step in worker.steps], **style)
     loss.set(title="training loss", xlabel="step", ylabel="loss per trained token")
     step_time.set(title="step time", xlabel="step", ylabel="ms")
     step_time.set_ylim(bottom=0)
     for axes in (loss, step_time):
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"{record.model}, {record.dtype}, {record.hardware}", fontsize=10)

@@ -18,7 +18,7 @@ from fasttune.demo.display import Display
 from fasttune.demo.encode import Split, split_samples, training_order
 from fasttune.demo.handle import WorkerHandle, worker_environment
 from fasttune.demo.interrupt import Interrupted, InterruptFlag, ctrl_c_ignored, sigterm_as_ctrl_c
-from fasttune.demo.options import DEFAULT_STEPS, DemoOptions
+from fasttune.demo.options import DEFAULT_STEPS, DemoError, DemoOptions
 from fasttune.demo.output import ADAPTER, PLOT, RESULT, OutputFolder
 from fasttune.demo.protocol import (
     BlockDone,
@@ -321,7 +321,6 @@ def _measure(
                 raise KeyboardInterrupt from None
         run.record.run_s = time.perf_counter() - started
         _write(run.record, options, folder)
-        folder.commit()
     if run.record.interrupted:
         display.line(
             f"Saved the adapter as it is after {done} of {steps} steps: {options.out / ADAPTER}"
@@ -332,9 +331,13 @@ def _measure(
 
 
 def _write(record: RunRecord, options: DemoOptions, folder: OutputFolder) -> None:
-    report.write_result(record, options, folder.files / RESULT)
-    if not record.interrupted:
-        report.write_plot(record, folder.files / PLOT)
+    try:
+        report.write_result(record, options, folder.files / RESULT)
+        if not record.interrupted:
+            report.write_plot(record, folder.files / PLOT)
+    except OSError as error:  # a full disk, say
+        raise DemoError(f"cannot write --out {options.out}: {error.strerror}") from None
+    folder.commit()
 
 
 def _present(record: RunRecord, options: DemoOptions, console: Console) -> None:

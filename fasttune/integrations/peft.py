@@ -138,10 +138,10 @@ def _why_base(layer: Any, x: Tensor) -> Reason | None:
         return Reason("a hook on base_layer")
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     if weight is None or not _plain(weight) or (bias is not None and not _plain(bias)):
-        return Reason("base weight is quantised, sharded, offloaded or on meta")
+        return Reason("base weight is quantised or sharded")
     if weight.dtype not in _FLOATS or x.dtype not in _FLOATS:
         return Reason(f"dtype {x.dtype} with weight {weight.dtype}")
-    if x.device != weight.device or x.device.type not in ("cpu", "cuda"):
+    if x.device != weight.device:
         return Reason(f"input on {x.device}, weight on {weight.device}")
     if x.dtype != weight.dtype and _torch.autocast_dtype(x.device.type) is None:
         return Reason(f"input is {x.dtype} and weight {weight.dtype} outside autocast")
@@ -189,7 +189,7 @@ def why_factors(layer: Any) -> Reason | None:
                 return Reason(f"a hook on {name}[{adapter!r}]")
         a, b = down._parameters["weight"], up._parameters["weight"]
         if a is None or b is None or not _plain(a) or not _plain(b):
-            return Reason("adapter weights are sharded, offloaded or on meta")
+            return Reason("adapter weights are sharded")
         if a.dtype not in _FLOATS or a.dtype != b.dtype or a.device != b.device:
             return Reason(f"adapter is {a.dtype} / {b.dtype} on {a.device} / {b.device}")
         scaling = layer.scaling[adapter]
@@ -208,7 +208,7 @@ def why_factors(layer: Any) -> Reason | None:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta"
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def projection(layer: Any) -> LoraProjection:

@@ -15,8 +15,8 @@ def threshold(p: float) -> int:
     Raises:
         ValueError: p is outside [0, 1), or so near 1 that nothing would be kept.
     """
-    value = round(p * _RESOLUTION)
-    if not 0.0 <= p < 1.0 or value >= _RESOLUTION:
+    value = round(p * _RESOLUTION) if 0.0 <= p < 1.0 else _RESOLUTION
+    if value >= _RESOLUTION:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {p}")
     return value
 

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fasttune import _native, _registry, _torch
 from fasttune.ops import _dropout, _gemm, _triton
@@ -433,7 +432,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, correct, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_torch.first_order_only
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
         saved = iter(ctx.saved_tensors)
         grads = [
@@ -542,6 +541,8 @@ def apply_head(
         row_loss.label_smoothing, row_loss.z_loss,
     )  # fmt: skip
     hidden2, targets1 = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if hidden2.shape[1] > 1 and hidden2.stride(1) != 1:
+        hidden2 = hidden2.contiguous()
     factors = [branch.a for branch in branches], [branch.b for branch in branches]
     if _torch.in_functorch():
         return _plain_sums(

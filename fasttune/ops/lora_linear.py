@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fasttune import _native, _registry, _torch
 from fasttune.ops import _dropout, _gemm, _triton
@@ -446,6 +445,8 @@ def fast_backend_missing(device_type: str) -> str | None:
         return _native.cpu_missing()
     if device_type == "cuda":
         return _triton.why_not(())
+    if device_type == "meta":  # shapes only: no backend runs
+        return None
     return f"no kernels for device {device_type}"
 
 
@@ -515,7 +516,7 @@ def _fwd_reference(
 def _bwd_reference(
     dys: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     ts: Sequence[Tensor],
@@ -529,20 +530,20 @@ def _bwd_reference(
 ) -> list[Tensor]:
     need = _Needs.unpack(needs, len(weights), len(a))
     wide = _accumulator(dys[0].dtype)
-    rows, features = dys[0].shape[0], weights[0].shape[1]
-    dx = dys[0].new_zeros(rows, features, dtype=wide)
+    rows = dys[0].shape[0]
+    dx = dys[0].new_zeros((), dtype=wide)
     das: list[Tensor | None] = [None] * len(a)
     dbs: list[Tensor | None] = [None] * len(a)
     dws: list[Tensor | None] = [None] * len(weights)
     for i, branches in enumerate(_ranges(counts)):
-        dy = dys[i].to(wide)
-        if need.x:
-            dx = dx + dy @ weights[i].to(dys[i].dtype).to(wide)
-        if need.w[i] and x is not None:
-            dws[i] = (dy.t() @ x.to(dys[i].dtype).to(wide)).to(weights[i].dtype)
+        dy, weight = dys[i].to(wide), weights[i]
+        if need.x and weight is not None:
+            dx = dx + dy @ weight.to(dys[i].dtype).to(wide)
+        if need.w[i] and weight is not None and x is not None:
+            dws[i] = (dy.t() @ x.to(dys[i].dtype).to(wide)).to(weight.dtype)
         for j in branches:
             keep = _dropout.keep_mask(
-                seed, thresholds[j], rows, features, branch=j, device=dy.device
+                seed, thresholds[j], rows, a[j].shape[1], branch=j, device=dy.device
             )
             scale: float | Tensor = scalings[j] * _dropout.keep_scale(thresholds[j])
             scale_tensor = scaling_tensors[j]
@@ -570,7 +571,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, spec: _Spec, x: Tensor, seed: Tensor | None, *flat: Any) -> Any:
         weights, biases, a, b, lora_biases, scaling_tensors = _unpack(spec, flat)
         args = (
-            x.reshape(-1, x.shape[-1]), weights, biases, a, b, lora_biases, scaling_tensors,
+            _rows_first(x, math.prod(x.shape[:-1]), x.shape[-1]), weights, biases, a, b, lora_biases, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, spec.compute_dtype,
         )  # fmt: skip
         if _registry.must_dispatch((x, *flat)):
@@ -602,7 +603,7 @@ class _LoraLinear(torch.autograd.Function):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_torch.first_order_only
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         spec: _Spec = ctx.spec
         n, k = len(spec.counts), len(spec.scalings)
@@ -619,7 +620,7 @@ class _LoraLinear(torch.autograd.Function):
                 given.new_zeros(rows, width) if dy is None else _rows_first(dy, rows, width)
                 for dy, width in zip(dys, ctx.widths, strict=True)
             ],
-            None if x is None else x.reshape(rows, ctx.shape[-1]),
+            None if x is None else _rows_first(x, rows, ctx.shape[-1]),
             weights, a, b, ts, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, ctx.x_dtype,
             ctx.needs,
@@ -641,10 +642,10 @@ class _LoraLinear(torch.autograd.Function):
         return None, dx, None, *dws, *dbiases, *das, *dbs, *dlora_biases, *(None,) * k
 
 
-def _rows_first(dy: Tensor, rows: int, width: int) -> Tensor:
-    """dy as [rows, width] with unit column stride; an expanded gradient is copied."""
-    dy = dy.reshape(rows, width)
-    return dy if width == 1 or dy.stride(1) == 1 else dy.contiguous()
+def _rows_first(x: Tensor, rows: int, width: int) -> Tensor:
+    """x as [rows, width] with unit column stride; a transposed or expanded one is copied."""
+    x = x.reshape(rows, width)
+    return x if width == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

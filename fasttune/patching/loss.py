@@ -157,12 +157,8 @@ def why_head_original(head: nn.Module) -> Reason | None:
     if swap.original_class(module) is not nn.Linear:
         return Reason(f"the output head is {swap.original_class(module).__name__}, not nn.Linear")
     weight = module._parameters["weight"]
-    if (
-        weight is None
-        or not _torch.all_plain((weight, module._parameters["bias"]))
-        or not weight.numel()
-    ):
-        return Reason("the head's weight is quantised, sharded, offloaded or on meta")
+    if weight is None or type(weight) not in (Tensor, nn.Parameter) or not weight.numel():
+        return Reason("the head's weight is quantised or sharded")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return Reason(f"the head's weight is {weight.dtype}")
     return None

@@ -113,21 +113,15 @@ def count_global_stores(instructions: Counter[str], *, bits: int | None = None) 
     return _count_accesses(instructions, r"STG\.", r"UTMASTG", bits)
 
 
-def _count_accesses(
-    instructions: Counter[str], plain: str, bulk: str, bits: int | None
-) -> int:
+def _count_accesses(instructions: Counter[str], plain: str, bulk: str, bits: int | None) -> int:
     total = 0
     for name, n in instructions.items():
-        if re.match(bulk, name):
-            total += n
-        elif re.match(plain, name) and (bits is None or f".{bits}" in name):
+        if re.match(bulk, name) or (re.match(plain, name) and (bits is None or f".{bits}" in name)):
             total += n
     return total
 
 
-def resident_programs(
-    limits: GpuLimits, registers: int, shared_bytes: int, num_warps: int
-) -> int:
+def resident_programs(limits: GpuLimits, registers: int, shared_bytes: int, num_warps: int) -> int:
     """How many programs of these resources one multiprocessor holds at a time."""
     threads = 32 * num_warps
     registers_per_warp = -(-registers * 32 // 256) * 256  # allocated in units of 256

@@ -1,15 +1,16 @@
 """Run the real Triton launchers without a GPU and record every launch.
 
-A stand-in for Triton's driver names a GPU architecture and does nothing at a launch. Everything before
-that is real: the launcher's Python, argument specialisation, compilation to a cubin with ptxas, and
-Triton's own limits on shared memory and threads. So what is compiled is what a launcher would launch,
-and nothing is listed by hand.
+A stand-in for Triton's driver names a GPU architecture and does nothing at a launch. Everything
+before that is real: the launcher's Python, argument specialisation, compilation to a cubin with
+ptxas, and Triton's own limits on shared memory and threads. So what is compiled is what a launcher
+would launch, and nothing is listed by hand.
 
     with dry_run(90) as launches:
         lora_down(torch.empty(8192, 4096, dtype=torch.bfloat16), ...)
     launches[0].resources.registers
 
-What it cannot see: whether the kernel computes the right thing (see `triton_interpreter`), and time.
+What it cannot see: whether the kernel computes the right thing (see `triton_interpreter`), and
+time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import Any
 
 import torch
 import triton
-from fasttune_kernels.tables import Gpu, assume_gpu
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
@@ -35,6 +35,7 @@ from fasttune.testing.triton_compile import (
     read_resources,
     resident_programs,
 )
+from fasttune_kernels.tables import Gpu, assume_gpu
 
 
 @dataclass
@@ -100,24 +101,26 @@ class _Utils:
         pass
 
 
+def _make_launcher(source: Any, metadata: Any) -> Any:
+    def launch(x: int, y: int, z: int, stream: int, cubin: bytes, *_: Any) -> None:
+        if not (0 < x < 2**31 and 0 < y < 65536 and 0 < z < 65536):
+            raise ValueError(f"{metadata.name}: illegal grid {(x, y, z)}")
+        # A compiled kernel keeps its launcher beyond one dry run, so the driver is the current one.
+        driver = triton.runtime.driver.active
+        driver.launches.append(_record(source, metadata, (x, y, z), cubin, driver.limits))
+
+    return launch
+
+
 class _RecordingDriver(DriverBase):  # type: ignore[misc, unused-ignore]
     """A CUDA driver for a GPU that is not there."""
 
     def __init__(self, limits: GpuLimits, launches: list[Launch]) -> None:
-        self._limits = limits
+        self.limits = limits
         self.utils = _Utils(limits)
 
-        def make_launcher(source: Any, metadata: Any) -> Any:
-            def launch(
-                x: int, y: int, z: int, stream: int, cubin: bytes, packed: Any, *_: Any
-            ) -> None:
-                if not (0 < x < 2**31 and 0 < y < 65536 and 0 < z < 65536):
-                    raise ValueError(f"{metadata.name}: illegal grid {(x, y, z)}")
-                launches.append(_record(source, metadata, (x, y, z), cubin, limits))
-
-            return launch
-
-        self.launcher_cls = make_launcher
+        self.launches = launches
+        self.launcher_cls = _make_launcher
 
     @staticmethod
     def is_active() -> bool:
@@ -127,7 +130,7 @@ class _RecordingDriver(DriverBase):  # type: ignore[misc, unused-ignore]
         return ty
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._limits.capability, 32)
+        return GPUTarget("cuda", self.limits.capability, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -135,15 +138,16 @@ class _RecordingDriver(DriverBase):  # type: ignore[misc, unused-ignore]
     def get_benchmarker(self) -> None:
         return None
 
-    # Triton caches compiled kernels and limits per device: each architecture is a device of its own.
+    # Triton caches compiled kernels and limits per device: each architecture is a device of its
+    # own.
     def get_current_device(self) -> str:
-        return f"dry-run:sm_{self._limits.capability}"
+        return f"dry-run:sm_{self.limits.capability}"
 
     def get_current_stream(self, device: Any) -> int:
         return 0
 
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
-        return divmod(self._limits.capability, 10)
+        return divmod(self.limits.capability, 10)
 
 
 def _record(

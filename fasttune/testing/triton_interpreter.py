@@ -3,14 +3,15 @@
     with interpreted():
         t = lora_down(x, a, ...)          # the real launcher, every program of the grid in turn
 
-Within the block the kernels of `fasttune_kernels` (and any other modules that are named) are run by the
-interpreter instead of being compiled. Nothing is set in the environment, so that the same process can
-also compile them (`triton_dry_run`). On leaving, everything is put back as it was.
+Within the block the kernels of `fasttune_kernels` (and any other modules that are named) are run by
+the interpreter instead of being compiled. Nothing is set in the environment, so that the same
+process can also compile them (`triton_dry_run`). On leaving, everything is put back as it was.
 
 Triton's interpreter computes with numpy, which has no bfloat16: it keeps such values as their bit
-patterns in uint16 and adds, negates and sums those as integers, and it truncates where a GPU rounds to
-nearest even. Here every bfloat16 operation widens to fp32, computes, and rounds once to nearest even.
-Products of fp32 blocks without `input_precision="ieee"` are rounded to tf32 first, as a GPU does.
+patterns in uint16 and adds, negates and sums those as integers, and it truncates where a GPU rounds
+to nearest even. Here every bfloat16 operation widens to fp32, computes, and rounds once to nearest
+even. Products of fp32 blocks without `input_precision="ieee"` are rounded to tf32 first, as a GPU
+does.
 
 What it cannot see: data races, illegal layouts and shapes, resources (see `triton_dry_run`).
 Not for use from several threads at once.
@@ -25,17 +26,18 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import fasttune_kernels
 import numpy as np
 import numpy.typing as npt
 
-# Triton imports this at the first launch, and it refuses to be imported while functions are swapped.
-import triton.experimental.gluon
+# Triton imports this at its first launch; it refuses to be imported while functions are swapped.
+import triton.experimental.gluon  # noqa: F401
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 from triton.runtime.jit import JITFunction
+
+import fasttune_kernels
 
 Array = npt.NDArray[Any]
 
@@ -57,7 +59,7 @@ def widen_bfloat16(bits: Array) -> Array:
 
 
 def round_to_bfloat16(values: Array) -> Array:
-    """fp32 -> uint16 bit patterns of bfloat16, to nearest, ties to even; every NaN becomes quiet."""
+    """fp32 -> uint16 bit patterns of bfloat16, to nearest, ties to even; NaN becomes quiet."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
@@ -230,6 +232,17 @@ def _map_tensors(values: Any, function: Callable[[Any], Any]) -> Any:
     return function(values)
 
 
+def _call_device_function(self: InterpretedFunction[Any], *args: Any, **kwargs: Any) -> Any:
+    """Replaces `InterpretedFunction.__call__`, which patches the language anew at every call.
+
+    Patching walks all of `triton.language` and takes longer than a small kernel; once suffices.
+    """
+    languages = [m for m in (tl, tl.core) if any(v is m for v in self.fn.__globals__.values())]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        triton_interpreter._patch_lang(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
 def _kernel_modules() -> list[ModuleType]:
     return [
         importlib.import_module(f"{fasttune_kernels.__name__}.{info.name}")
@@ -247,9 +260,9 @@ def _as_interpreted(function: JITFunction[Any]) -> InterpretedFunction[Any]:
 def interpreted(*modules: ModuleType) -> Iterator[None]:
     """Run the Triton kernels of `fasttune_kernels` and of `modules` in the interpreter.
 
-    A kernel is replaced where a module refers to it by name, so calls must look it up in its module,
-    as launchers do; a kernel taken from a module before the block is still the compiled one.
-    Blocks may be nested.
+    A kernel is replaced where a module refers to it by name, so calls must look it up in its
+    module, as launchers do; a kernel taken from a module before the block is still the compiled
+    one. Blocks may be nested.
     """
     with contextlib.ExitStack() as stack:
         # Everything is saved before anything is changed.
@@ -268,6 +281,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
                 _swap(stack, InterpreterBuilder, name, override)
             for (owner, name), override in _bfloat16_reductions().items():
                 _swap(stack, owner, name, override)
+            _swap(stack, InterpretedFunction, "__call__", _call_device_function)
         yield
 
 

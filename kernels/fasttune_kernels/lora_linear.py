@@ -31,7 +31,7 @@ from .lora_tables import (
     weight_grad_tile,
 )
 from .philox import keep_mask, load_philox_key
-from .tables import Tile, divide_up, gpu_of, launch_device, next_power_of_2
+from .tables import MAX_REGISTERS, Tile, divide_up, gpu_of, launch_device, next_power_of_2
 
 # Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
 MAX_BLOCK_R = 128
@@ -49,8 +49,9 @@ def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
     """acc + lhs @ rhs on bf16 tensor cores; the operand marked SPLIT is fp32, the other is bf16.
 
     24 significant bits are three times 8, so three terms cut by truncation are the operand itself:
-    the differences are exact, nothing overflows, and bf16 has the exponent range of fp32. Only parts
-    below 2^-133 are lost, and an infinite operand gives NaN. The smallest terms are added first.
+    the differences are exact, nothing overflows, and bf16 has the exponent range of fp32. Only
+    parts below 2^-133 are lost, and an infinite operand gives NaN. The smallest terms are added
+    first.
     """
     if SPLIT_LHS:
         high = _leading_bf16(lhs)
@@ -155,9 +156,7 @@ def _lora_down_kernel(
             other=0.0,
         )
         if HAS_DROPOUT:
-            keep = keep_mask(
-                rows + row_offset, k0, key0, key1, branch, threshold, BLOCK_M, BLOCK_K
-            )
+            keep = keep_mask(rows + row_offset, k0, key0, key1, branch, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         acc = _dot_exact(x, a, acc, BF16_MMA)
     if PARTIAL:
@@ -235,9 +234,10 @@ def _lora_up_kernel(
     )
 
 
-# Floor: read M K of x once and 4 M R of D (L2), write R K; 2 M K R operations. x is the right operand,
-# as it lies in memory: transposed to the left, its copy to shared memory would not be asynchronous
-# before Hopper. The rows are split to fill the multiprocessors; partial sums are 4 R K each.
+# Floor: read M K of x once and 4 M R of D (L2), write R K; 2 M K R operations. x is the right
+# operand, as it lies in memory: transposed to the left, its copy to shared memory would not be
+# asynchronous before Hopper. The rows are split to fill the multiprocessors; partial sums are 4 R K
+# each.
 @triton.jit(do_not_specialize=["M", "branch", "threshold", "row_offset"])
 def _lora_weight_grad_kernel(
     x_ptr,  # [M, K], columns adjacent
@@ -309,10 +309,10 @@ def _lora_weight_grad_kernel(
     )
 
 
-# Floor: read M N of dY once, T and B from L2, write the partial sums: 4 M R per block of columns and
-# 4 N R per block of rows. At rank 16 in bf16 with 256 columns and 1024 rows per program these add
-# 13 % and 3 % to the traffic of dY, against 100 % for a second read. 4 M N R operations. The long
-# axis of each program is the rows, so that dB accumulates in registers.
+# Floor: read M N of dY once, T and B from L2, write the partial sums: 4 M R per block of columns
+# and 4 N R per block of rows. At rank 16 in bf16 with 256 columns and 1024 rows per program these
+# add 13 % and 3 % to the traffic of dY, against 100 % for a second read. 4 M N R operations. The
+# long axis of each program is the rows, so that dB accumulates in registers.
 @triton.jit(do_not_specialize=["M"])
 def _lora_up_backward_kernel(
     dy_ptr,  # [M, N], columns adjacent
@@ -405,9 +405,17 @@ def _sum_partials(
     scale: float = 1.0,
     scale_tensor: Tensor | None = None,
 ) -> None:
-    block = 1024
+    block = 512  # 16 bytes per thread
     _sum_partials_kernel[(divide_up(out.numel(), block),)](
-        partial, out, scale, scale_tensor, out.numel(), partial.shape[0], BLOCK=block, num_warps=4, enable_fp_fusion=True
+        partial,
+        out,
+        scale,
+        scale_tensor,
+        out.numel(),
+        partial.shape[0],
+        BLOCK=block,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -467,6 +475,7 @@ def _down(
             BF16_MMA=gpu.capability >= 80,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
         if splits > 1:
@@ -515,6 +524,7 @@ def _up(
             BF16_MMA=gpu.capability >= 80,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
     return y
@@ -569,6 +579,7 @@ def _weight_grad(
             BF16_MMA=gpu.capability >= 80,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
         if splits > 1:
@@ -617,6 +628,7 @@ def _up_backward_pair(
             BF16_MMA=gpu.capability >= 80,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
         if column_blocks > 1:

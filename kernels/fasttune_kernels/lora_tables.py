@@ -34,23 +34,26 @@ def down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> 
     if arithmetic == "mma":
         return Tile(64, 64, 4, 4) if block_r <= 64 else Tile(128, 64, 8, 3)
     if arithmetic == "fma":
-        if block_r == 64:
+        if block_r in (32, 64):
             return Tile(32, 32, 4, 3)
-        return Tile(64, 32, 4 if block_r < 64 else 8, 3)
-    if block_r <= 32:
+        return Tile(64, 32, 4 if block_r == 16 else 8, 3)
+    if block_r == 16 or (block_r == 32 and arithmetic == "terms"):
         return Tile(64, 64, 4, 4)
-    return Tile(64, 32, 4 if block_r == 64 and arithmetic == "terms" else 8, 4)
+    few_warps = block_r == (64 if arithmetic == "terms" else 32)
+    return Tile(64, 32, 4 if few_warps else 8, 4)
 
 
 @functools.cache
 def up_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows, columns of the output]."""
-    return Tile(32, 64, 4, 2) if arithmetic == "fma" else Tile(64, 128, 4, 2)
+    if arithmetic == "fma":
+        return Tile(32, 64, 4, 2)
+    return Tile(64, 128, 8 if arithmetic == "terms6" else 4, 2)
 
 
 @functools.cache
 def up_block_r(arithmetic: str, block_r: int) -> int:
-    """The step through the rank: both operands of a step, with all their terms, sit in registers."""
+    """The step through the rank: both operands of a step and their terms sit in registers."""
     return min(block_r, 16 if arithmetic == "fma" else 32)
 
 
@@ -62,7 +65,7 @@ def weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bo
             return Tile(32, 64, 4, 3)
         return Tile(16, 64, 4 if block_r == 64 else 8, 4)
     if block_r >= 64:
-        return Tile(32, 128, 8, 3)
+        return Tile(32, 64 if arithmetic == "terms6" else 128, 8, 3)
     return Tile(32, 128, 4, 4) if arithmetic == "terms6" and block_r == 32 else Tile(64, 128, 4, 3)
 
 
@@ -70,8 +73,8 @@ def weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bo
 def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
     """[rows per step, columns], or None where two products are better.
 
-    Above rank 32 the partial sums cost as much traffic as a second read of dY. fp32 multiply-adds at
-    ranks 17 to 32 have no tile without spills that is wide enough for the partial sums to pay.
+    Above rank 32 the partial sums cost as much traffic as a second read of dY. fp32 multiply-adds
+    at ranks 17 to 32 have no tile without spills that is wide enough for the partial sums to pay.
     """
     if block_r > 32:
         return None

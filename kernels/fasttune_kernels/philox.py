@@ -2,8 +2,8 @@
 
 The format is fixed by the package's design and shared by every backend: Philox4x32 with 7 rounds,
 key = the two halves of the seed, counter = (k // 8, row low, row high, branch). One counter gives
-four 32-bit words, that is eight 16-bit lanes, for the eight consecutive elements k .. k + 7 of a row:
-element k takes word (k % 8) // 2, its low half if k is even and its high half if k is odd.
+four 32-bit words, that is eight 16-bit lanes, for the eight consecutive elements k .. k + 7 of a
+row: element k takes word (k % 8) // 2, its low half if k is even and its high half if k is odd.
 
 Cost: 7 rounds are 28 multiplications (two of them high halves per round) and 28 exclusive-ors for
 eight elements, about 7 integer operations per element, plus 3 to cut out and compare a lane. One

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# The hardware's limit, said aloud: left to itself, ptxas aims at a higher occupancy and spills a
+# few registers for it in some variants.
+MAX_REGISTERS = 255
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -27,8 +31,9 @@ class Gpu:
 
 
 # What CPU tensors stand for when the interpreter or a dry run passes them to a launcher.
+_DEFAULT_GPU = Gpu(capability=90, multiprocessors=132)
 _ASSUMED_GPU: contextvars.ContextVar[Gpu] = contextvars.ContextVar(
-    "fasttune_kernels_assumed_gpu", default=Gpu(capability=90, multiprocessors=132)
+    "fasttune_kernels_assumed_gpu", default=_DEFAULT_GPU
 )
 
 

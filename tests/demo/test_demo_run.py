@@ -77,7 +77,7 @@ def long_run(
 def completed(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, chat_file: Path
 ) -> tuple[Path, str]:
-    """The folder and the output of one completed run, with fasttune switched off in both workers."""
+    """The folder and the output of one completed run, with fasttune switched off in both."""
     folder = tmp_path_factory.mktemp("completed")
     process = start(
         folder,
@@ -196,7 +196,7 @@ def test_ctrl_c_saves_the_adapter_as_it_is(
     result = read_result(tmp_path)
     done = len(result["patched"]["steps"])
     assert result["status"] == "interrupted"
-    assert done >= 10
+    assert done >= 5  # its first turn, before the round that was waited for
     assert f"Saved the adapter as it is after {done} of 5000 steps: o/adapter" in out
     assert (tmp_path / "o" / "adapter" / "adapter_model.safetensors").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["o"]

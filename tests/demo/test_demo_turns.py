@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fasttune.demo.data import Sample
+from fasttune.demo.display import Display
+from fasttune.demo.encode import Split
 from fasttune.demo.options import DEFAULT_STEPS, MIN_STEPS, DemoOptions
+from fasttune.demo.output import OutputFolder
 from fasttune.demo.protocol import StepDone
 from fasttune.demo.record import RunRecord
+from fasttune.demo.runner import DemoRun, Task
 from fasttune.demo.turns import affordable_steps, block_steps, grouped, turns, warmup_steps
 
 
@@ -69,3 +76,33 @@ def test_nothing_measured_is_none() -> None:
     assert record.speedup() is None
     assert record.memory_ratio() is None
     assert record.workers["stock"].tokens_per_s([]) is None
+
+
+class Silent:
+    """A tokenizer that has nothing to say."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return ""
+
+
+def test_reduced_number_of_steps_is_said(tmp_path: Path) -> None:
+    """The decision falls before training starts, so that the schedule fits the steps."""
+    lines: list[str] = []
+
+    class Recorder(Display):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    task = Task(
+        tokenizer=Silent(),
+        split=Split([], [], Sample(1, text="a"), [], "", 0, 0, 0),
+        device="cpu",
+        dtype="float32",
+    )
+    with OutputFolder(tmp_path / "o") as folder:
+        run = DemoRun(DemoOptions(), folder, Recorder(Console()), task, "m")
+        steps = run.plan(pair_s=8.0, spent_s=40.0, evaluation_s=10.0)
+    assert steps == 30  # (300 - 40 - 10 - 10) / 8
+    assert (run.record.steps_requested, run.record.steps_planned) == (60, 30)
+    assert len(lines) == 1
+    assert "8.0 s here: 30 steps instead of 60, to stay within 5 minutes" in lines[0]

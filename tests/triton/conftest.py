@@ -1,4 +1,4 @@
-"""These tests need the triton package, but no GPU. Run them with `pytest`, not `python -m pytest`."""
+"""These tests need triton, but no GPU. Run them with `pytest`, not `python -m pytest`."""
 
 from collections.abc import Iterator
 

@@ -2,17 +2,18 @@
 
 import sys
 
-import fasttune_kernels.lora_linear as lora_linear
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from fasttune.testing.triton_dry_run import dry_run
-from fasttune.testing.triton_interpreter import interpreted, round_to_bfloat16, widen_bfloat16
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.runtime.jit import JITFunction
+
+import fasttune_kernels.lora_linear as lora_linear
+from fasttune.testing.triton_dry_run import dry_run
+from fasttune.testing.triton_interpreter import interpreted, round_to_bfloat16, widen_bfloat16
 
 BF16 = torch.bfloat16
 THIS = sys.modules[__name__]

@@ -1,0 +1,51 @@
+# make demo | test | test-all | lint | bench | clean. Every target sets up what it needs; a second call reuses it.
+# TORCH_PIP_ARGS chooses another torch build, e.g. make demo TORCH_PIP_ARGS="torch==2.13.0 --index-url <CPU index>".
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_PIP_ARGS ?= torch==2.13.0
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
+# Two single-threaded pytest workers beat one with two threads; timing never runs this way.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+
+.PHONY: demo test test-all lint format bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/fasttune demo $(DEMO_ARGS)
+
+test: lint $(VENV)/.ready
+	$(PYTEST) -m "not slow"
+
+test-all: lint $(VENV)/.ready
+	$(PYTEST)
+
+bench: $(VENV)/.ready
+	$(BIN)/pytest bench --benchmark-enable -o python_files="bench_*.py" -p no:xdist $(BENCH_ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+# A torch that the interpreter already has is used as it is; otherwise TORCH_PIP_ARGS is installed first, so
+# that no dependency pulls in another build.
+$(VENV)/bin/python:
+	if $(PYTHON) -c "import torch" 2>/dev/null; \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install $(TORCH_PIP_ARGS); fi
+
+# The dependencies follow pyproject.toml, the extension follows csrc.
+$(VENV)/.ready: $(VENV)/bin/python $(NATIVE)
+	$(BIN)/python -m pip install -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fasttune/*.so .pytest_cache .mypy_cache .ruff_cache .triton-cache

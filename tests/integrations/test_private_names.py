@@ -1,0 +1,56 @@
+"""Fails loudly when a private name of a neighbour that fasttune reads has moved."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from conftest import tiny_llama, with_lora
+from torch.nn.modules import module as torch_module
+
+from fasttune import _torch
+
+
+def test_torch() -> None:
+    assert callable(torch._C._len_torch_dispatch_stack)
+    assert torch._C._current_graph_task_id() == -1
+    assert callable(torch._C._functorch.peek_interpreter_stack)
+    assert callable(torch._C._autograd._profiler_enabled)
+    assert callable(torch_module._has_any_global_hook)
+    assert callable(torch.cpu._is_amx_tile_supported)
+    assert callable(torch._assert_async)
+    seen = []
+    torch.vmap(lambda x: (seen.append(_torch.in_functorch()), x)[1])(torch.ones(2))
+    assert seen == [True]
+    assert not _torch.in_functorch()
+
+
+def test_peft_lora_linear() -> None:
+    layer = with_lora(tiny_llama()).base_model.model.model.layers[0].self_attn.q_proj
+    for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "lora_variant",
+                 "active_adapters", "disable_adapters", "merged"):  # fmt: skip
+        assert hasattr(layer, name), name
+    source = inspect.getsource(type(layer).forward)
+    # The lines whose meaning lora_linear reproduces.
+    for line in (
+        "x = self._cast_input_dtype(x, lora_A.weight.dtype)",
+        "result = result + lora_B(lora_A(dropout(x))) * scaling",
+        "result = result.to(torch_result_dtype)",
+    ):
+        assert line in source, line
+
+
+def test_peft_copies_the_config_to_the_injected_model() -> None:
+    model = with_lora(tiny_llama())
+    assert list(model.base_model.model.__dict__["peft_config"]) == ["default"]
+
+
+def test_transformers_loss_function() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss, fixed_cross_entropy
+
+    names = list(inspect.signature(ForCausalLMLoss).parameters)
+    assert names == ["logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels", "kwargs"]  # fmt: skip
+    assert "ignore_index=ignore_index, reduction=reduction" in inspect.getsource(fixed_cross_entropy)
+    model = tiny_llama()
+    model.loss_function = len
+    assert model.__dict__["_loss_function"] is len

@@ -1,0 +1,141 @@
+"""linear_cross_entropy beyond conformance: statistics, arguments, chunks, memory, torch's dispatcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.nn.functional import cross_entropy
+
+from fasttune.ops import CrossEntropy, LoraBranch, linear_cross_entropy
+from fasttune.ops.linear_cross_entropy import FORWARD, chunk_rows
+
+
+def arguments(m=20, h=16, v=101):
+    hidden = torch.randn(m, h, requires_grad=True)
+    targets = torch.randint(0, v, (m,))
+    targets[::5] = -100
+    return hidden, torch.randn(v, h), targets
+
+
+def test_statistics_without_logits():
+    hidden, weight, targets = arguments()
+    loss, stats = linear_cross_entropy(hidden, weight, targets, return_stats=True)
+    valid = targets != -100
+    logits = (hidden @ weight.t())[valid]
+    assert torch.allclose(loss, cross_entropy(logits, targets[valid]))
+    assert torch.allclose(stats.accuracy, (logits.argmax(-1) == targets[valid]).float().mean())
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert torch.allclose(stats.entropy, entropy, rtol=1e-5)
+    assert int(stats.tokens) == int(valid.sum())
+    assert not stats.accuracy.requires_grad
+
+
+def test_the_lowest_index_wins_a_tie():
+    hidden, weight = torch.ones(2, 4), torch.ones(6, 4)
+    _, stats = linear_cross_entropy(hidden, weight, torch.tensor([0, 3]), return_stats=True)
+    assert float(stats.accuracy) == 0.5
+
+
+def test_all_rows_ignored_is_nan_as_torch():
+    hidden, weight, targets = arguments()
+    targets[:] = -100
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert torch.isnan(loss)
+    assert float(linear_cross_entropy(hidden, weight, targets, reduction="sum")) == 0.0
+
+
+def test_no_rows():
+    hidden, weight, targets = arguments(m=0)
+    loss = linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    loss.backward()
+    assert float(loss) == 0.0 and hidden.grad.shape == (0, 16)
+
+
+def test_nan_and_infinity_are_not_hidden():
+    hidden, weight, targets = arguments()
+    with torch.no_grad():
+        hidden[1] = float("nan")
+    assert torch.isnan(linear_cross_entropy(hidden, weight, targets))
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, targets = arguments()
+    loss = linear_cross_entropy(hidden * 1e4, weight, targets)
+    assert torch.allclose(loss, cross_entropy(hidden * 1e4 @ weight.t(), targets), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"targets": torch.zeros(20)}, TypeError, "targets: expected an int64 tensor, got torch.float32"),
+        ({"targets": torch.zeros(19, dtype=torch.int64)}, ValueError, r"targets: expected shape \[20\], got \[19\]"),
+        ({"targets": torch.full((20,), 101)}, ValueError, r"targets: expected values in \[0, 101\).* got 101"),
+        ({"targets": torch.full((20,), -1)}, ValueError, "got -1"),
+        ({"weight": torch.ones(101, 15)}, ValueError, "weight: expected shape"),
+        ({"weight": torch.ones(101, 16).half()}, TypeError, "weight: expected hidden's dtype"),
+        ({"bias": torch.ones(7)}, ValueError, "bias: expected shape"),
+        ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
+        ({"branches": [LoraBranch(torch.ones(2, 16), torch.ones(100, 2))]}, ValueError, "b: expected shape"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    hidden, weight, targets = arguments()
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**{"hidden": hidden, "weight": weight, "targets": targets, **change})
+
+
+def test_chunks_fit_the_budget():
+    assert chunk_rows(10_000, 49_152, 2, "cpu") * 49_152 * 2 <= 64 << 20
+    assert chunk_rows(10_000, 49_152, 2, "cpu") % 64 == 0
+    assert chunk_rows(10_000, 300_000, 4, "cpu") == 64  # never less, however wide the vocabulary
+    assert chunk_rows(7, 49_152, 2, "cpu") == 7
+    assert chunk_rows(0, 49_152, 2, "cpu") == 1
+
+
+def test_incoming_gradient_scales_and_the_graph_can_be_kept():
+    hidden, weight, targets = arguments()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (once,) = torch.autograd.grad(3 * loss, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, hidden)
+    assert torch.allclose(once, 3 * again)
+
+
+def test_fp16_with_a_large_loss_scale_does_not_underflow():
+    hidden, weight, targets = arguments(m=4000)
+    half = hidden.detach().half().requires_grad_()
+    (65536 * linear_cross_entropy(half, weight.half(), targets)).backward()
+    (65536 * cross_entropy(hidden @ weight.t(), targets)).backward()
+    error = (half.grad.float() - hidden.grad).norm() / hidden.grad.norm()
+    assert float(error) < 5e-3
+
+
+def test_opcheck():
+    hidden, weight, targets = arguments()
+    a, b = torch.randn(3, 16), torch.randn(101, 3)
+    needs = [True, True, False, True, True]
+    options = [-100.0, 1.0, 0.0, 0.0, 0.0]
+    args = (hidden.detach(), weight, None, targets, [a], [b], [None], [1.0], [0], None, torch.float32, options, True, needs)  # fmt: skip
+    opcheck(FORWARD.registered, args)
+
+
+def test_torch_func():
+    hidden, weight, targets = arguments()
+    gradient = torch.func.grad(lambda h: linear_cross_entropy(h, weight, targets))(hidden.detach())
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert torch.allclose(gradient, hidden.grad, atol=1e-6)
+
+
+def test_double_backward_raises():
+    hidden, weight, targets = arguments()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+def test_row_loss_is_replaceable_by_data():
+    hidden, weight, targets = arguments()
+    smooth = CrossEntropy(label_smoothing=0.3)
+    expected = cross_entropy(hidden @ weight.t(), targets, label_smoothing=0.3)
+    assert torch.allclose(linear_cross_entropy(hidden, weight, targets, row_loss=smooth), expected, rtol=1e-5)

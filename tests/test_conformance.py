@@ -1,0 +1,88 @@
+"""Every op x backend x case: forward and gradients against fp64 truth and torch's own error."""
+
+import pytest
+import torch
+
+from fasttune import BackendError, _native
+from fasttune.testing.cases import ALL
+from fasttune.testing.conformance import Case, backend, run_case
+
+BUILDS = [f"cpu:{isa}" for isa in _native.cpu().isa_available().split(",")]
+# The interpreter runs program by program in Python: these cases would take minutes there.
+TOO_SLOW_INTERPRETED = {"linear_cross_entropy-several-chunks", "linear_cross_entropy-wide"}
+
+
+def ids(case: Case) -> str:
+    return case.name
+
+
+@pytest.mark.parametrize("case", ALL, ids=ids)
+def test_reference_matches_truth(case: Case) -> None:
+    run_case(case, "reference")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("case", [case for case in ALL if "cpu" in case.backends], ids=ids)
+def test_cpu_matches_truth(case: Case, build: str) -> None:
+    run_case(case, build)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[pytest.mark.slow] if c.name in TOO_SLOW_INTERPRETED else [])
+        for c in ALL
+        if "triton" in c.backends
+    ],
+    ids=ids,
+)
+def test_triton_interpreter_matches_truth(case: Case) -> None:
+    run_case(case, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in ALL if "triton" in case.backends], ids=ids)
+def test_gpu_matches_truth(case: Case) -> None:
+    run_case(case, "triton", device="cuda")
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("case", [c for c in ALL if c.backends == ("reference",)], ids=ids)
+def test_unsupported_arguments_give_a_reason(case: Case, name: str) -> None:
+    call = case.build("cpu")
+    with backend(name), pytest.raises(BackendError, match="float64"):
+        call.fused(*call.leaves)
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if "fp64" in c.name], ids=ids)
+def test_reference_gradients_match_finite_differences(case: Case) -> None:
+    call = case.build("cpu")
+    assert torch.autograd.gradcheck(call.fused, tuple(call.leaves), eps=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in ALL if c.name.endswith(("dropout", "biases", "two-adapters", "everything", "fp32"))],
+    ids=ids,
+)
+def test_compiles_without_graph_breaks_to_the_same_numbers(case: Case) -> None:
+    call = case.build("cpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(call.fused, backend="aot_eager", fullgraph=True)
+    wanted = [leaf for leaf in call.leaves if leaf.requires_grad]
+    eager, traced = call.fused(*call.leaves), compiled(*call.leaves)
+    assert torch.equal(eager, traced)
+    expected = torch.autograd.grad(eager, wanted, torch.ones_like(eager))
+    for ours, theirs in zip(
+        torch.autograd.grad(traced, wanted, torch.ones_like(traced)), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite can fail: a kernel that is off by one part in a thousand does not pass."""
+    original = _native.lora_down
+    monkeypatch.setattr(_native, "lora_down", lambda *a, **k: original(*a, **k) * 1.001)
+    case = next(case for case in ALL if case.name == "lora_linear-fp32")
+    with pytest.raises(AssertionError, match="error"):
+        run_case(case, "cpu")
