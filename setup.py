@@ -57,7 +57,9 @@ class BuildExt(build_ext):
             objects,
             self.get_ext_fullpath(ext.name),
             target_lang="c++",
-            extra_postargs=["-Wl,-undefined,dynamic_lookup"] if sys.platform == "darwin" else ["-s"],
+            extra_postargs=["-Wl,-undefined,dynamic_lookup"]
+            if sys.platform == "darwin"
+            else ["-s"],
         )
 
 

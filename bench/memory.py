@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fasttune.demo.memory import memory_meter
+from fasttune.memory import memory_meter
 
 WARMUP_STEPS = 2
 STEPS = 2

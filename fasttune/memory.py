@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 SAMPLE_INTERVAL_S = 0.01

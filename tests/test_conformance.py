@@ -62,7 +62,11 @@ def test_reference_gradients_match_finite_differences(case: Case) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in ALL if c.name.endswith(("dropout", "biases", "two-adapters", "everything", "fp32"))],
+    [
+        c
+        for c in ALL
+        if c.name.endswith(("dropout", "biases", "two-adapters", "everything", "fp32"))
+    ],
     ids=ids,
 )
 def test_compiles_without_graph_breaks_to_the_same_numbers(case: Case) -> None:

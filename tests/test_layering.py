@@ -43,7 +43,9 @@ def layer(module: str) -> str:
 
 
 def production_files() -> list[Path]:
-    return [path for path in PACKAGE.rglob("*.py") if "testing" not in path.relative_to(PACKAGE).parts]
+    return [
+        path for path in PACKAGE.rglob("*.py") if "testing" not in path.relative_to(PACKAGE).parts
+    ]
 
 
 @pytest.mark.parametrize("path", production_files(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -63,7 +65,12 @@ def test_only_upper_layers_import_transformers_and_peft(path: Path) -> None:
     allowed = {"patching", "integrations", "demo"}
     if path.relative_to(PACKAGE).parts[0] in allowed:
         return
-    assert not {m.split(".")[0] for m in imports(path)} & {"transformers", "peft", "trl", "accelerate"}
+    assert not {m.split(".")[0] for m in imports(path)} & {
+        "transformers",
+        "peft",
+        "trl",
+        "accelerate",
+    }
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
@@ -94,5 +101,7 @@ def test_importing_fasttune_imports_neither_transformers_nor_triton() -> None:
         "import sys, fasttune; "
         "print([m for m in ('transformers', 'peft', 'triton', 'fasttune._cpu') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

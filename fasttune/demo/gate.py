@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from fasttune.demo.memory import MemoryMeter
 from fasttune.demo.protocol import BlockDone, Command, Event, Go, Halt, Quit, StepDone
+from fasttune.memory import MemoryMeter
 
 
 class Halted(Exception):

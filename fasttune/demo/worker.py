@@ -21,7 +21,6 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fasttune.demo.encode import IGNORE, Example, collate
-from fasttune.demo.memory import memory_meter
 from fasttune.demo.model import add_lora, load_model, quiet_transformers, save_adapter
 from fasttune.demo.protocol import (
     Calibrate,
@@ -45,6 +44,7 @@ from fasttune.demo.protocol import (
     Trained,
     WorkerSpec,
 )
+from fasttune.memory import memory_meter
 
 Pipe = connection.Connection  # of commands in, events out
 

@@ -90,12 +90,18 @@ def run_case(case: Case, backend_name: str, device: str = "cpu") -> None:
     torch.manual_seed(0)
     call = case.build(device)
     before = [leaf.detach().clone() for leaf in call.leaves]
-    truth_leaves = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in call.leaves]
+    truth_leaves = [
+        leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in call.leaves
+    ]
     truth, dy = _differentiate(call.truth, truth_leaves, None)
     with _autocast(device, call.autocast):
         stock, _ = _differentiate(call.stock, call.leaves, dy)
     _native.free_scratch()
-    with backend(backend_name, device), numerics.poisoned_memory(), _autocast(device, call.autocast):
+    with (
+        backend(backend_name, device),
+        numerics.poisoned_memory(),
+        _autocast(device, call.autocast),
+    ):
         fused, _ = _differentiate(call.fused, call.leaves, dy)
     trained = [i for i, leaf in enumerate(call.leaves) if leaf.requires_grad]
     names = ["output", *(f"gradient of {_name(call, i)}" for i in trained)]

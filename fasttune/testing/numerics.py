@@ -44,7 +44,9 @@ def check(name: str, value: Tensor, stock: Tensor, truth: Tensor, floor: float =
     """
     error, reference = largest_error(value, truth), largest_error(stock, truth)
     allowed = FACTOR * reference + floor_of(truth, value.dtype) + floor
-    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (torch {reference:.3e})"
+    assert error <= allowed, (
+        f"{name}: error {error:.3e}, allowed {allowed:.3e} (torch {reference:.3e})"
+    )
 
 
 @contextlib.contextmanager

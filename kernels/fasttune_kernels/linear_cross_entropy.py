@@ -201,8 +201,8 @@ def cross_entropy_rows_(
             HAS_SOFTCAP=softcap > 0,
             HAS_SMOOTHING=label_smoothing != 0,
             BLOCK_V=block,
-            # 24 KB of blocks in flight per program in fp32 and 20 KB in 16 bits.
-            STAGES=4 if logits.element_size() == 4 else 6,
+            # 24 KB of logits in flight per program, whatever their size.
+            STAGES=4 if logits.element_size() == 4 else 7,
             num_warps=block // 256,
             maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,

@@ -25,6 +25,7 @@ from torch import Tensor
 from .lora_tables import (
     arithmetic_of,
     down_tile,
+    has_tensor_cores,
     pair_tile,
     up_block_r,
     up_tile,
@@ -71,27 +72,27 @@ def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
 
 
 @triton.jit
-def _dot_exact(lhs, rhs, acc, BF16_MMA: tl.constexpr):
+def _dot_exact(lhs, rhs, acc, TENSOR_CORES: tl.constexpr):
     """acc + lhs @ rhs in fp32 without rounding an operand, whatever the two dtypes are.
 
     - one 16-bit dtype on both sides: tensor cores, whose products of 16-bit operands are exact;
     - bf16 with fp32: the fp32 operand in three bf16 terms;
     - fp16 with fp32: as above, the fp16 operand being two bf16 terms (11 bits are 8 + 3). Scaling
       the fp32 operand into the range of fp16 instead would need a maximum and lose small values;
-    - anything else, or a GPU without bf16 tensor cores (BF16_MMA false): fp32 multiply-adds.
+    - anything else, or without TENSOR_CORES: fp32 multiply-adds.
     """
-    if lhs.dtype == rhs.dtype and lhs.dtype != tl.float32:
+    if TENSOR_CORES and lhs.dtype == rhs.dtype and lhs.dtype != tl.float32:
         acc = tl.dot(lhs, rhs, acc)
-    elif BF16_MMA and lhs.dtype == tl.bfloat16 and rhs.dtype == tl.float32:
+    elif TENSOR_CORES and lhs.dtype == tl.bfloat16 and rhs.dtype == tl.float32:
         acc = _dot_terms(lhs, rhs, acc, False, True)
-    elif BF16_MMA and lhs.dtype == tl.float32 and rhs.dtype == tl.bfloat16:
+    elif TENSOR_CORES and lhs.dtype == tl.float32 and rhs.dtype == tl.bfloat16:
         acc = _dot_terms(lhs, rhs, acc, True, False)
-    elif BF16_MMA and lhs.dtype == tl.float16 and rhs.dtype == tl.float32:
+    elif TENSOR_CORES and lhs.dtype == tl.float16 and rhs.dtype == tl.float32:
         wide = lhs.to(tl.float32)
         high = _leading_bf16(wide)
         acc = _dot_terms((wide - high).to(tl.bfloat16), rhs, acc, False, True)
         acc = _dot_terms(high.to(tl.bfloat16), rhs, acc, False, True)
-    elif BF16_MMA and lhs.dtype == tl.float32 and rhs.dtype == tl.float16:
+    elif TENSOR_CORES and lhs.dtype == tl.float32 and rhs.dtype == tl.float16:
         wide = rhs.to(tl.float32)
         high = _leading_bf16(wide)
         acc = _dot_terms(lhs, (wide - high).to(tl.bfloat16), acc, True, False)
@@ -128,7 +129,7 @@ def _lora_down_kernel(
     BLOCK_K: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr,
-    BF16_MMA: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
 ):
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     # Programs that read the same rows of x are neighbours, so that the second read hits L2.
@@ -158,7 +159,7 @@ def _lora_down_kernel(
         if HAS_DROPOUT:
             keep = keep_mask(rows + row_offset, k0, key0, key1, branch, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc = _dot_exact(x, a, acc, BF16_MMA)
+        acc = _dot_exact(x, a, acc, TENSOR_CORES)
     if PARTIAL:
         t_ptr += pid_k.to(tl.int64) * M * R
     else:
@@ -193,7 +194,7 @@ def _lora_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    BF16_MMA: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
 ):
     column_blocks = tl.cdiv(N, BLOCK_N)
     pid_m = tl.program_id(0) // column_blocks
@@ -218,7 +219,7 @@ def _lora_up_kernel(
             mask=inside_r[:, None] & inside_n[None, :],
             other=0.0,
         )
-        acc = _dot_exact(t, b, acc, BF16_MMA)
+        acc = _dot_exact(t, b, acc, TENSOR_CORES)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
         acc = acc + bias.to(tl.float32)[None, :]
@@ -259,7 +260,7 @@ def _lora_weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PARTIAL: tl.constexpr,
-    BF16_MMA: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
 ):
     rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid_k = tl.program_id(0) // rank_blocks
@@ -299,7 +300,7 @@ def _lora_weight_grad_kernel(
                 BLOCK_K,
             )
             x = tl.where(keep, x, 0.0)
-        acc = _dot_exact(d, x, acc, BF16_MMA)
+        acc = _dot_exact(d, x, acc, TENSOR_CORES)
     if PARTIAL:
         out_ptr += pid_m.to(tl.int64) * K * R
     tl.store(
@@ -331,7 +332,7 @@ def _lora_up_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTIAL_D: tl.constexpr,
-    BF16_MMA: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
     pid_n = tl.program_id(1)
@@ -366,13 +367,13 @@ def _lora_up_backward_kernel(
             other=0.0,
         )
         d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        d = _dot_exact(dy, b, d, BF16_MMA)
+        d = _dot_exact(dy, b, d, TENSOR_CORES)
         tl.store(
             d_ptr + rows[:, None] * R + ranks[None, :],
             d * factor,
             mask=inside_m[:, None] & inside_r[None, :],
         )
-        db = _dot_exact(t, dy, db, BF16_MMA)
+        db = _dot_exact(t, dy, db, TENSOR_CORES)
     db_ptr += pid_m.to(tl.int64) * N * R
     tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
 
@@ -472,7 +473,7 @@ def _down(
             BLOCK_K=tile.columns,
             HAS_DROPOUT=threshold > 0,
             PARTIAL=splits > 1,
-            BF16_MMA=gpu.capability >= 80,
+            TENSOR_CORES=has_tensor_cores(gpu),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=MAX_REGISTERS,
@@ -521,7 +522,7 @@ def _up(
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             HAS_DROPOUT=threshold > 0,
-            BF16_MMA=gpu.capability >= 80,
+            TENSOR_CORES=has_tensor_cores(gpu),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=MAX_REGISTERS,
@@ -576,7 +577,7 @@ def _weight_grad(
             BLOCK_K=tile.columns,
             HAS_DROPOUT=threshold > 0,
             PARTIAL=splits > 1,
-            BF16_MMA=gpu.capability >= 80,
+            TENSOR_CORES=has_tensor_cores(gpu),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=MAX_REGISTERS,
@@ -625,7 +626,7 @@ def _up_backward_pair(
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             PARTIAL_D=column_blocks > 1,
-            BF16_MMA=gpu.capability >= 80,
+            TENSOR_CORES=has_tensor_cores(gpu),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=MAX_REGISTERS,

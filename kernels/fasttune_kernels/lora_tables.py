@@ -15,22 +15,39 @@ from .tables import Gpu, Tile
 #   "fma"    fp32 multiply-adds
 
 
+def has_tensor_cores(gpu: Gpu) -> bool:
+    """Whether Triton uses them: on sm_75 it has none for bf16, and multiplies fp16 without them."""
+    return gpu.capability >= 80
+
+
 @functools.cache
 def arithmetic_of(gpu: Gpu, lhs: torch.dtype, rhs: torch.dtype) -> str:
+    if not has_tensor_cores(gpu):
+        return "fma"
     if lhs == rhs:
         return "fma" if lhs == torch.float32 else "mma"
-    if gpu.capability < 80 or torch.float32 not in (lhs, rhs):
+    if torch.float32 not in (lhs, rhs):
         return "fma"
     return "terms" if torch.bfloat16 in (lhs, rhs) else "terms6"
 
 
-# The tiles fit every GPU from sm_75 to sm_120, so `capability` decides nothing yet: it stays in the
-# key because a measurement may.
+# One set of tiles fits every GPU from sm_80 to sm_120 (99 KB of shared memory). A B200 moves 43 KB
+# per multiprocessor and round trip, more than twice an H100: it takes two more stages. sm_75 has no
+# asynchronous copies and 64 KB.
+
+
+def _for_bandwidth(capability: int, tile: Tile) -> Tile:
+    more = 2 if capability in (100, 103) else 0
+    return Tile(tile.rows, tile.columns, tile.warps, tile.stages + more)
 
 
 @functools.cache
 def down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows of x, features per step]."""
+    return _for_bandwidth(capability, _down_tile(capability, arithmetic, block_r, dropout))
+
+
+def _down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     if arithmetic == "mma":
         return Tile(64, 64, 4, 4) if block_r <= 64 else Tile(128, 64, 8, 3)
     if arithmetic == "fma":
@@ -60,6 +77,10 @@ def up_block_r(arithmetic: str, block_r: int) -> int:
 @functools.cache
 def weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows per step, features of the output]."""
+    return _for_bandwidth(capability, _weight_grad_tile(capability, arithmetic, block_r, dropout))
+
+
+def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     if arithmetic == "fma":
         if block_r <= 32:
             return Tile(32, 64, 4, 3)

@@ -50,7 +50,9 @@ def test_transformers_loss_function() -> None:
 
     names = list(inspect.signature(ForCausalLMLoss).parameters)
     assert names == ["logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels", "kwargs"]  # fmt: skip
-    assert "ignore_index=ignore_index, reduction=reduction" in inspect.getsource(fixed_cross_entropy)
+    assert "ignore_index=ignore_index, reduction=reduction" in inspect.getsource(
+        fixed_cross_entropy
+    )
     model = tiny_llama()
     model.loss_function = len
     assert model.__dict__["_loss_function"] is len

@@ -46,7 +46,13 @@ def train(model, folder, *, callbacks=(), **changes):
         learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, seed=7,
         use_cpu=True, **changes,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=Tokens(), data_collator=pad, callbacks=list(callbacks))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Tokens(),
+        data_collator=pad,
+        callbacks=list(callbacks),
+    )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -93,7 +99,9 @@ def test_story_trl_adds_the_adapters_and_keeps_its_head(tmp_path, capsys):
     report = fasttune.report(trainer.model)
     assert report["lora"].fused == 14
     assert report["lora"].original == {}
-    assert report["loss"].original == {"trl installed its own forward and stays in charge of the loss": 1}
+    assert report["loss"].original == {
+        "trl installed its own forward and stays in charge of the loss": 1
+    }
     assert "stays in charge of the loss" in capsys.readouterr().out
 
 
@@ -103,7 +111,9 @@ def _tokenizer():
 
     words = {f"w{i}": i for i in range(499)}
     fast = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="w0", eos_token="w2", bos_token="w1")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="w0", eos_token="w2", bos_token="w1"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -111,7 +121,12 @@ def test_story_generate_equals_stock(dtype):
     stock = with_lora(tiny_llama().to(dtype)).eval()
     model = fasttune.patch(with_lora(tiny_llama().to(dtype))).eval()
     prompt = torch.randint(3, 499, (2, 9))
-    options = {"max_new_tokens": 16, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     theirs, ours = stock.generate(prompt, **options), model.generate(prompt, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))

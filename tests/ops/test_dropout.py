@@ -57,7 +57,9 @@ def test_cpu_masks_are_bit_equal_to_the_reference(seed, branch, offset, build):
         mask = mask_of(_native, seed, 6554, 37, 133, branch, offset)
     finally:
         _native.cpu().set_isa(previous)
-    reference = _dropout.keep_mask(torch.tensor(seed), 6554, 37, 133, branch=branch, row_offset=offset)
+    reference = _dropout.keep_mask(
+        torch.tensor(seed), 6554, 37, 133, branch=branch, row_offset=offset
+    )
     assert torch.equal(mask, reference)
     assert 0.85 < mask.mean() < 0.95
 
@@ -68,7 +70,9 @@ def test_triton_masks_are_bit_equal_to_the_reference(seed, branch, offset):
         from fasttune.ops import _triton
 
         mask = mask_of(_triton.kernels("lora_linear"), seed, 6554, 9, 75, branch, offset)
-    reference = _dropout.keep_mask(torch.tensor(seed), 6554, 9, 75, branch=branch, row_offset=offset)
+    reference = _dropout.keep_mask(
+        torch.tensor(seed), 6554, 9, 75, branch=branch, row_offset=offset
+    )
     assert torch.equal(mask, reference)
 
 
@@ -106,7 +110,9 @@ def test_expectation_is_kept():
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
 def test_probability_out_of_range(p):
     with pytest.raises(ValueError, match="dropout_p: expected a probability"):
-        lora_linear(torch.ones(1, 8), torch.ones(2, 8), torch.ones(1, 8), torch.ones(2, 1), dropout_p=p)
+        lora_linear(
+            torch.ones(1, 8), torch.ones(2, 8), torch.ones(1, 8), torch.ones(2, 1), dropout_p=p
+        )
 
 
 def test_seed_comes_from_the_generator_of_torch():

@@ -68,15 +68,31 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"targets": torch.zeros(20)}, TypeError, "targets: expected an int64 tensor, got torch.float32"),
-        ({"targets": torch.zeros(19, dtype=torch.int64)}, ValueError, r"targets: expected shape \[20\], got \[19\]"),
-        ({"targets": torch.full((20,), 101)}, ValueError, r"targets: expected values in \[0, 101\).* got 101"),
+        (
+            {"targets": torch.zeros(20)},
+            TypeError,
+            "targets: expected an int64 tensor, got torch.float32",
+        ),
+        (
+            {"targets": torch.zeros(19, dtype=torch.int64)},
+            ValueError,
+            r"targets: expected shape \[20\], got \[19\]",
+        ),
+        (
+            {"targets": torch.full((20,), 101)},
+            ValueError,
+            r"targets: expected values in \[0, 101\).* got 101",
+        ),
         ({"targets": torch.full((20,), -1)}, ValueError, "got -1"),
         ({"weight": torch.ones(101, 15)}, ValueError, "weight: expected shape"),
         ({"weight": torch.ones(101, 16).half()}, TypeError, "weight: expected hidden's dtype"),
         ({"bias": torch.ones(7)}, ValueError, "bias: expected shape"),
         ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
-        ({"branches": [LoraBranch(torch.ones(2, 16), torch.ones(100, 2))]}, ValueError, "b: expected shape"),
+        (
+            {"branches": [LoraBranch(torch.ones(2, 16), torch.ones(100, 2))]},
+            ValueError,
+            "b: expected shape",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):
@@ -138,4 +154,6 @@ def test_row_loss_is_replaceable_by_data():
     hidden, weight, targets = arguments()
     smooth = CrossEntropy(label_smoothing=0.3)
     expected = cross_entropy(hidden @ weight.t(), targets, label_smoothing=0.3)
-    assert torch.allclose(linear_cross_entropy(hidden, weight, targets, row_loss=smooth), expected, rtol=1e-5)
+    assert torch.allclose(
+        linear_cross_entropy(hidden, weight, targets, row_loss=smooth), expected, rtol=1e-5
+    )

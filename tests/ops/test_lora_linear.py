@@ -22,17 +22,33 @@ def arguments(m=5, k=24, n=12, r=4):
     ("change", "error", "message"),
     [
         ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
-        ({"x": torch.ones(5, 24, dtype=torch.int64)}, TypeError, "x: expected fp32, bf16, fp16 or fp64"),
+        (
+            {"x": torch.ones(5, 24, dtype=torch.int64)},
+            TypeError,
+            "x: expected fp32, bf16, fp16 or fp64",
+        ),
         ({"x": torch.tensor(1.0)}, ValueError, "x: expected at least one dimension"),
-        ({"weight": torch.ones(12, 23)}, ValueError, r"weight: expected shape \[any, 24\], got \[12, 23\]"),
+        (
+            {"weight": torch.ones(12, 23)},
+            ValueError,
+            r"weight: expected shape \[any, 24\], got \[12, 23\]",
+        ),
         ({"weight": torch.ones(12, 24).bfloat16()}, TypeError, "weight: expected x's dtype"),
         ({"a": torch.ones(4, 25)}, ValueError, r"a: expected shape \[any, 24\], got \[4, 25\]"),
         ({"b": torch.ones(12, 5)}, ValueError, r"b: expected shape \[12, 4\], got \[12, 5\]"),
-        ({"b": torch.ones(12, 4, device="meta")}, ValueError, "b: expected device cpu as x, got meta"),
+        (
+            {"b": torch.ones(12, 4, device="meta")},
+            ValueError,
+            "b: expected device cpu as x, got meta",
+        ),
         ({"bias": torch.ones(11)}, ValueError, r"bias: expected shape \[12\]"),
         ({"lora_bias": torch.ones(12, 1)}, ValueError, "lora_bias: expected shape"),
         ({"scaling": torch.ones(2)}, ValueError, "scaling: expected shape"),
-        ({"scaling": torch.tensor(1.0, requires_grad=True)}, ValueError, "scaling: .* requires_grad"),
+        (
+            {"scaling": torch.tensor(1.0, requires_grad=True)},
+            ValueError,
+            "scaling: .* requires_grad",
+        ),
         ({"seed": torch.tensor([1])}, ValueError, "seed: expected a 0-d int64 tensor"),
     ],
 )
@@ -46,7 +62,9 @@ def test_wrong_arguments_are_named(change, error, message):
 def test_a_group_equals_its_members():
     x, weight, a, b = arguments()
     x.requires_grad_()
-    other = LoraProjection(torch.randn(7, 24), torch.randn(7), (LoraBranch(torch.randn(3, 24), torch.randn(7, 3)),))
+    other = LoraProjection(
+        torch.randn(7, 24), torch.randn(7), (LoraBranch(torch.randn(3, 24), torch.randn(7, 3)),)
+    )
     first = LoraProjection(weight, None, (LoraBranch(a.requires_grad_(), b, 0.5),))
     ys = lora_linear_group(x, [first, other])
     singles = [lora_linear_group(x, [projection])[0] for projection in (first, other)]
@@ -117,9 +135,15 @@ def test_forced_backends(monkeypatch):
     with fasttune.use_backend("reference"):
         assert lora_linear(x, weight, a, b).grad_fn.backend.name == "reference"
     assert lora_linear(x, weight, a, b).grad_fn.backend.name == "cpu"
-    with fasttune.use_backend("cuda"), pytest.raises(fasttune.BackendError, match="not implemented"):
+    with (
+        fasttune.use_backend("cuda"),
+        pytest.raises(fasttune.BackendError, match="not implemented"),
+    ):
         lora_linear(x, weight, a, b)
-    with pytest.raises(ValueError, match="use_backend: expected one of"), fasttune.use_backend("gpu"):
+    with (
+        pytest.raises(ValueError, match="use_backend: expected one of"),
+        fasttune.use_backend("gpu"),
+    ):
         pass
     monkeypatch.setenv("FASTTUNE_BACKEND", "refrence")
     with pytest.raises(ValueError, match="FASTTUNE_BACKEND: expected one of"):
@@ -156,7 +180,9 @@ def test_thread_counts_give_the_same_bits(threads):
     def run():
         t = _native.lora_down(x, a, 1.0, None, **options)
         d, db = _native.lora_up_backward(dy, t, b, 1.0, None, need_d=True, need_db=True)
-        dx, da = _native.lora_down_backward(d, a, x, **options, dx_dtype=torch.float32, need_dx=True, need_da=True)
+        dx, da = _native.lora_down_backward(
+            d, a, x, **options, dx_dtype=torch.float32, need_dx=True, need_da=True
+        )
         return t, d, db, dx, da
 
     try:

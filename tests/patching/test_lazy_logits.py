@@ -93,7 +93,9 @@ def test_families_equal_stock_without_logits(family: str, items: int | None) -> 
     ours.loss.backward()
     expected = gradients(stock)
     for name, gradient in gradients(model).items():
-        assert float((gradient - expected[name]).abs().max()) < 2e-6 * max(1.0, float(expected[name].abs().max())), name
+        assert float((gradient - expected[name]).abs().max()) < 2e-6 * max(
+            1.0, float(expected[name].abs().max())
+        ), name
     assert fasttune.report(model)["loss"].fused == 1, fasttune.explain(model)
     logits = ours.get("logits")
     assert isinstance(logits, LazyLogits)
@@ -244,6 +246,8 @@ def test_the_loss_holds_no_logits(batch):
     """What the graph keeps of head and loss is the hidden states' gradient, not [tokens, vocabulary]."""
     model = fasttune.patch(with_lora(tiny_llama(vocab_size=4001)).train())
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
+    ):
         model(**batch).loss.backward()
     assert max(sizes) < 46 * 4001

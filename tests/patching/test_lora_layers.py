@@ -55,10 +55,14 @@ def assert_equal_to_stock(stock, patched, batch, tolerance=FP32_TOLERANCE):
     ids=str,
 )
 def test_configurations_equal_stock(make_lora_model, batch, change):
-    assert_equal_to_stock(make_lora_model(**change), fasttune.patch(make_lora_model(**change)), batch)
+    assert_equal_to_stock(
+        make_lora_model(**change), fasttune.patch(make_lora_model(**change)), batch
+    )
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"init_lora_weights": "pissa", "use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"use_dora": True}, {"init_lora_weights": "pissa", "use_dora": True}], ids=str
+)
 def test_dora_takes_the_original_path_with_a_reason(make_lora_model, batch, change):
     model = fasttune.patch(make_lora_model(**change))
     assert_equal_to_stock(make_lora_model(**change), model, batch)
@@ -70,7 +74,9 @@ def test_two_active_adapters(make_lora_model, batch):
     def build():
         model = make_lora_model()
         torch.manual_seed(5)
-        model.add_adapter("second", LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "up_proj"]))
+        model.add_adapter(
+            "second", LoraConfig(r=3, lora_alpha=9, target_modules=["q_proj", "up_proj"])
+        )
         model.base_model.set_adapter(["default", "second"])
         for name, parameter in model.named_parameters():
             if "lora_B.second" in name:
@@ -180,7 +186,11 @@ def test_checkpointing_draws_the_same_mask(make_lora_model, use_reentrant):
         torch.manual_seed(9)
         layer.zero_grad()
         y = run()
-        (dx,) = torch.autograd.grad(y.square().sum(), x, retain_graph=False) if not use_reentrant else (None,)
+        (dx,) = (
+            torch.autograd.grad(y.square().sum(), x, retain_graph=False)
+            if not use_reentrant
+            else (None,)
+        )
         if use_reentrant:
             x.grad = None
             y.square().sum().backward()

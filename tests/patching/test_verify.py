@@ -19,7 +19,11 @@ def model(request, make_lora_model):
 
 def test_a_patched_model_verifies(model, batch):
     result = fasttune.verify(model, batch)
-    assert {check.tensor for check in result.layers} >= {"output", "input gradient", "gradient of lora_A[0]"}
+    assert {check.tensor for check in result.layers} >= {
+        "output",
+        "input gradient",
+        "gradient of lora_A[0]",
+    }
     assert len({check.layer for check in result.layers}) == 14
     assert len(result.step) == 29
     assert all(check.error <= check.allowed for check in (*result.layers, *result.step))
@@ -27,7 +31,13 @@ def test_a_patched_model_verifies(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("primitive", "part"), [("lora_down", None), ("lora_up_backward", 1), ("lora_down_backward", 0), ("lora_down_backward", 1)]
+    ("primitive", "part"),
+    [
+        ("lora_down", None),
+        ("lora_up_backward", 1),
+        ("lora_down_backward", 0),
+        ("lora_down_backward", 1),
+    ],
 )
 def test_a_wrong_kernel_is_named(model, batch, monkeypatch, primitive, part):
     original = getattr(_native, primitive)
@@ -57,7 +67,9 @@ def test_zero_gradients_are_caught(model, batch, monkeypatch):
     monkeypatch.setattr(_native, "lora_up_backward", zero)
     module = importlib.import_module("fasttune.patching.verify")
     monkeypatch.setattr(module, "_check_layers", lambda *a: [])
-    with pytest.raises(fasttune.VerificationError, match=r"lora_B.* \(zero or missing, stock's is not\)"):
+    with pytest.raises(
+        fasttune.VerificationError, match=r"lora_B.* \(zero or missing, stock's is not\)"
+    ):
         fasttune.verify(model, batch)
 
 

@@ -123,7 +123,9 @@ def assert_lora_launch_is_sound(launch: Launch, capability: int) -> None:
         assert count_global_loads(instructions, bits=128) >= per_stage
     # Only the scalar seed may be read by a narrow load.
     narrow = count_global_loads(instructions) - count_global_loads(instructions, bits=128)
-    assert narrow <= (1 if launch.constants.get("HAS_DROPOUT") else 0), instructions
+    assert capability < 80 or narrow <= (1 if launch.constants.get("HAS_DROPOUT") else 0), (
+        instructions
+    )
     products = {"t_ptr", "b_ptr"} if wide == "y_ptr" else {wide, "a_ptr", "d_ptr", "b_ptr"}
     operands = {launch.signature[name] for name in products & launch.signature.keys()}
     if capability >= 80 and operands != {"*fp32"}:
@@ -253,8 +255,9 @@ def test_grids_cover_every_tile() -> None:
         elif launch.kernel == "_lora_down_kernel":
             assert grid[0] == TOKENS // constants["BLOCK_M"]
             assert 1 <= grid[1] <= 8
-        # Every multiprocessor has work.
-        assert launch.programs >= launch.limits.multiprocessors
+        # Every multiprocessor has work, but for the second pass over a weight gradient of 1 MB.
+        if launch.kernel != "_sum_partials_kernel":
+            assert launch.programs >= launch.limits.multiprocessors
 
 
 def test_too_much_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,11 +45,17 @@ def _build(setting: Setting, device: str) -> Call:
     weight = random((setting.vocab, setting.hidden), weight_dtype, 3 * setting.hidden**-0.5)
     leaves, names = [hidden, weight.requires_grad_(setting.train_weight)], ["hidden", "weight"]
     if setting.bias:
-        leaves.append(random((setting.vocab,), weight_dtype, 1.0).requires_grad_(setting.train_weight))
+        leaves.append(
+            random((setting.vocab,), weight_dtype, 1.0).requires_grad_(setting.train_weight)
+        )
         names.append("bias")
     if setting.rank:
-        leaves.append(random((setting.rank, setting.hidden), FP32, setting.hidden**-0.5).requires_grad_())
-        leaves.append(random((setting.vocab, setting.rank), FP32, setting.rank**-0.5).requires_grad_())
+        leaves.append(
+            random((setting.rank, setting.hidden), FP32, setting.hidden**-0.5).requires_grad_()
+        )
+        leaves.append(
+            random((setting.vocab, setting.rank), FP32, setting.rank**-0.5).requires_grad_()
+        )
         names += ["a", "b"]
     targets = torch.randint(0, setting.vocab, setting.lead, generator=generator, device=device)
     drop = torch.rand(setting.lead, generator=generator, device=device) < setting.ignored
@@ -59,7 +65,9 @@ def _build(setting: Setting, device: str) -> Call:
     def parts(tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, list[LoraBranch]]:
         rest = list(tensors[2:])
         bias = rest.pop(0) if setting.bias else None
-        branches = [LoraBranch(rest[0], rest[1], 0.5, None, setting.dropout)] if setting.rank else []
+        branches = (
+            [LoraBranch(rest[0], rest[1], 0.5, None, setting.dropout)] if setting.rank else []
+        )
         return bias, branches
 
     def fused(*tensors: Tensor) -> Tensor:
@@ -85,7 +93,9 @@ def _build(setting: Setting, device: str) -> Call:
         for branch in branches:
             threshold = _dropout.threshold(branch.dropout_p)
             keep = _dropout.keep_mask(seed, threshold, *h.shape, branch=0)
-            dropped = h.to(branch.a.dtype) * keep.to(branch.a.dtype) * _dropout.keep_scale(threshold)
+            dropped = (
+                h.to(branch.a.dtype) * keep.to(branch.a.dtype) * _dropout.keep_scale(threshold)
+            )
             up = linear(linear(dropped, branch.a), branch.b)
             logits = (logits + up * branch.scaling).to(logits.dtype)
         z = logits.to(torch.promote_types(logits.dtype, FP32)) * setting.loss.logit_scale
@@ -93,7 +103,11 @@ def _build(setting: Setting, device: str) -> Call:
             z = torch.tanh(z / setting.loss.softcap) * setting.loss.softcap
         flat, index = targets.reshape(-1), setting.loss.ignore_index
         summed = torch.nn.functional.cross_entropy(
-            z, flat, ignore_index=index, reduction="sum", label_smoothing=setting.loss.label_smoothing
+            z,
+            flat,
+            ignore_index=index,
+            reduction="sum",
+            label_smoothing=setting.loss.label_smoothing,
         )
         valid = flat != index
         summed = summed + setting.loss.z_loss * (z.logsumexp(-1).square() * valid).sum()
@@ -143,7 +157,11 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(f"linear_cross_entropy-{name}", "linear_cross_entropy", lambda device, s=setting: _build(s, device))  # type: ignore[misc]
+    Case(
+        f"linear_cross_entropy-{name}",
+        "linear_cross_entropy",
+        lambda device, s=setting: _build(s, device),
+    )  # type: ignore[misc]
     for name, setting in SETTINGS.items()
 ]
 CASES.append(

@@ -47,7 +47,10 @@ def _build(setting: Setting, device: str) -> Call:
         x = random((*shape[:-1], 2 * setting.features), setting.x, 1.0)[..., : setting.features]
     else:
         x = random(shape, setting.x, 1.0)
-    leaves = [x, random((setting.outputs, setting.features), setting.weight, setting.features**-0.5)]
+    leaves = [
+        x,
+        random((setting.outputs, setting.features), setting.weight, setting.features**-0.5),
+    ]
     leaves[1].requires_grad_(setting.train_weight)
     if setting.bias:
         leaves.append(random((setting.outputs,), setting.weight, 1.0))
@@ -147,7 +150,9 @@ CASES.append(
     Case(
         "lora_linear-fp64",
         "lora_linear",
-        lambda device: _build(replace(_BASE, x=FP64, weight=FP64, adapter=FP64, dropout=0.1), device),
+        lambda device: _build(
+            replace(_BASE, x=FP64, weight=FP64, adapter=FP64, dropout=0.1), device
+        ),
         backends=("reference",),
     )
 )

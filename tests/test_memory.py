@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from fasttune.demo.memory import HighWaterMeter, MemoryMeter, SampledMeter, memory_meter
+from fasttune.memory import HighWaterMeter, MemoryMeter, SampledMeter, memory_meter
 
 MIB = 2**20
 BLOCK_MIB = 128
