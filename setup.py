@@ -29,8 +29,8 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
         if sys.platform == "win32":
             raise SystemExit("fasttune does not build on Windows: use Linux, macOS or WSL 2")
-        # Kernels run inside torch's OpenMP runtime, bound when the module loads (_native.py): a second
-        # runtime would fight torch's threads. So compile with OpenMP and link without it.
+        # Kernels run inside torch's OpenMP runtime, bound when the module loads (_native.py): a
+        # second runtime would fight torch's threads. So compile with OpenMP, link without it.
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
         common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]
         common += ["-ffp-contract=fast", "-Wno-unknown-pragmas"]

@@ -56,8 +56,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a Function's backward: differentiating through its result raises.
 
-    torch's ``once_differentiable`` raises only if the incoming gradient requires one; with a constant
-    incoming gradient a second derivative would silently be zero.
+    torch's ``once_differentiable`` raises only if the incoming gradient requires one; with a
+    constant incoming gradient a second derivative would silently be zero.
     """
 
     @functools.wraps(backward)
@@ -66,8 +66,9 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
             outputs = backward(ctx, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph=True
             return outputs
-        raises = torch._C._functions.DelayedError(
-            b"fasttune ops are differentiable once; for second derivatives call fasttune.unpatch(model)",
+        raises: Any = torch._C._functions.DelayedError(
+            b"fasttune ops are differentiable once; "
+            b"for second derivatives call fasttune.unpatch(model)",
             len(outputs),
         )
         return raises(*(None if out is None else out.detach().requires_grad_() for out in outputs))

@@ -27,7 +27,7 @@ class WorkerDied(Exception):
 def worker_environment(device: str) -> Iterator[None]:
     """The environment that both workers inherit, the same for both.
 
-    The user's own, plus one visible GPU (or the Trainer would use all of them) and no progress bars.
+    The user's own, plus one visible GPU (or the Trainer would use all) and no progress bars.
     """
     saved = dict(os.environ)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"

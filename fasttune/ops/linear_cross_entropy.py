@@ -550,7 +550,8 @@ def apply_head(
             compute_dtype, options,
         )  # fmt: skip
     facts = (scaling_tensors, scalings, thresholds, compute_dtype, options, need_stats)
-    sums: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(
+    apply: Any = _LinearCrossEntropy.apply
+    sums: tuple[Tensor, Tensor, Tensor] = apply(
         facts, hidden2, targets1, seed, weight, bias, *factors[0], *factors[1]
     )
     return sums

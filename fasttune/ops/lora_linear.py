@@ -570,8 +570,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: _Spec, x: Tensor, seed: Tensor | None, *flat: Any) -> Any:
         weights, biases, a, b, lora_biases, scaling_tensors = _unpack(spec, flat)
+        rows = _rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
         args = (
-            _rows_first(x, math.prod(x.shape[:-1]), x.shape[-1]), weights, biases, a, b, lora_biases, scaling_tensors,
+            rows, weights, biases, a, b, lora_biases, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, spec.compute_dtype,
         )  # fmt: skip
         if _registry.must_dispatch((x, *flat)):

@@ -86,7 +86,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 
 def run_case(case: Case, backend_name: str, device: str = "cpu") -> None:
-    """Forward and every gradient against truth and torch; inputs unmutated; outputs fully written."""
+    """Forward and gradients against truth and torch; inputs unmutated, outputs fully written."""
     torch.manual_seed(0)
     call = case.build(device)
     before = [leaf.detach().clone() for leaf in call.leaves]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# A kernel makes as many roundings as torch does, in another order: two samples of one error distribution.
+# A kernel makes as many roundings as torch, in another order: two samples of one distribution.
 FACTOR = 2.0
 
 
@@ -25,8 +26,8 @@ def largest_error(value: Tensor, truth: Tensor) -> float:
 def floor_of(truth: Tensor, dtype: torch.dtype) -> float:
     """Two units in the last place of the largest true value in ``dtype``.
 
-    A result is rounded once or twice at the end, and torch's own error may happen to be zero. In fp64
-    the truth itself carries the rounding of its sums: sixteen units there.
+    A result is rounded once or twice at the end, and torch's own error may happen to be zero. In
+    fp64 the truth itself carries the rounding of its sums: sixteen units there.
     """
     units = 16 if dtype == torch.float64 else 2
     return units * torch.finfo(dtype).eps * float(truth.abs().max()) if truth.numel() else 0.0
@@ -53,11 +54,12 @@ def check(name: str, value: Tensor, stock: Tensor, truth: Tensor, floor: float =
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN inside, so that an output that is not fully written shows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module with a property
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill

@@ -14,7 +14,7 @@ BUILDS = _native.cpu().isa_available().split(",")
 
 
 def philox_bits(seed: int, rows: range, features: int, branch: int) -> np.ndarray:
-    """16-bit lanes [rows, features] by the definition in docs/design.md, in plain Python integers."""
+    """16-bit lanes [rows, features] as docs/design.md defines them, in Python integers."""
     mask = 0xFFFFFFFF
     lanes = np.zeros((len(rows), features), dtype=np.int64)
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""linear_cross_entropy beyond conformance: statistics, arguments, chunks, memory, torch's dispatcher."""
+"""linear_cross_entropy beyond conformance: statistics, arguments, chunks, the dispatcher."""
 
 from __future__ import annotations
 
@@ -131,7 +131,22 @@ def test_opcheck():
     a, b = torch.randn(3, 16), torch.randn(101, 3)
     needs = [True, True, False, True, True]
     options = [-100.0, 1.0, 0.0, 0.0, 0.0]
-    args = (hidden.detach(), weight, None, targets, [a], [b], [None], [1.0], [0], None, torch.float32, options, True, needs)  # fmt: skip
+    args = (
+        hidden.detach(),
+        weight,
+        None,
+        targets,
+        [a],
+        [b],
+        [None],
+        [1.0],
+        [0],
+        None,
+        torch.float32,
+        options,
+        True,
+        needs,
+    )
     opcheck(FORWARD.registered, args)
 
 

@@ -78,7 +78,20 @@ def test_a_group_equals_its_members():
 
 def op_arguments(thresholds=(6554,)):
     x, weight, a, b = arguments()
-    return (x, [weight], [None], [a], [b], [None], [None], [1.5], list(thresholds), [1], torch.tensor(3), torch.float32)  # fmt: skip
+    return (
+        x,
+        [weight],
+        [None],
+        [a],
+        [b],
+        [None],
+        [None],
+        [1.5],
+        list(thresholds),
+        [1],
+        torch.tensor(3),
+        torch.float32,
+    )
 
 
 def test_opcheck():
@@ -87,7 +100,10 @@ def test_opcheck():
     ys, ts = FORWARD.registered(*args)
     x, weights, _, a, b, _, scaling, scalings, thresholds, counts, seed, dtype = args
     needs = [True, True, True, True, True, False]
-    opcheck(BACKWARD.registered, (ys, x, weights, a, b, ts, scaling, scalings, thresholds, counts, seed, dtype, needs))  # fmt: skip
+    opcheck(
+        BACKWARD.registered,
+        (ys, x, weights, a, b, ts, scaling, scalings, thresholds, counts, seed, dtype, needs),
+    )
 
 
 def test_shows_in_profiles_and_dispatch_modes():

@@ -45,17 +45,41 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _SMALL,
     "smollm3": _SMALL,
     "gpt_neox": _SMALL,
-    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "vocab_size": 99,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "gptj": {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 99, "rotary_dim": 4},
-    "opt": {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99, "word_embed_proj_dim": 32},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+        "word_embed_proj_dim": 32,
+    },
     "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": 99},
-    "falcon": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 99},
+    "falcon": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 99, "state_size": 8},
     "mixtral": {**_SMALL, "num_local_experts": 4, "output_router_logits": True},
-    "qwen3_moe": {**_SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_moe": {
+        **_SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
     "gpt_oss": {**_SMALL, "num_local_experts": 4},
     "olmoe": {**_SMALL, "num_experts": 4, "num_experts_per_tok": 2},
-}  # fmt: skip
+}
 
 
 def build(family: str) -> nn.Module:
@@ -243,7 +267,7 @@ def test_tied_embeddings_get_both_gradients(batch):
 
 
 def test_the_loss_holds_no_logits(batch):
-    """What the graph keeps of head and loss is the hidden states' gradient, not [tokens, vocabulary]."""
+    """The graph keeps the gradient of the hidden states, not [tokens, vocabulary]."""
     model = fasttune.patch(with_lora(tiny_llama(vocab_size=4001)).train())
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(

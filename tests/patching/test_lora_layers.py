@@ -1,4 +1,4 @@
-"""A patched LoRA layer: what PEFT does, in every state, fused or by the original path with a reason."""
+"""A patched LoRA layer does what PEFT does, fused or by the original path with a reason."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_hooked_child_sees_its_calls(make_lora_model, batch, module, caplog):
 
 
 def test_story_hook_strict_unpatch(make_lora_model, batch):
-    """One hooked lora_A: that layer alone is original, strict raises, unpatch restores everything."""
+    """One hooked lora_A: that layer alone is original, strict raises, unpatch restores all."""
     stock = make_lora_model()
     model = make_lora_model()
     types = [type(module) for module in model.modules()]

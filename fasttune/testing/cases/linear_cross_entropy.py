@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from fasttune.ops import CrossEntropy, LoraBranch, _dropout, linear_cross_entrop
 from fasttune.testing.conformance import Call, Case
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+_PLAIN = CrossEntropy()
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Setting:
     dtype: torch.dtype = FP32
     weight: torch.dtype | None = None
     autocast: torch.dtype | None = None
-    loss: CrossEntropy = CrossEntropy()
+    loss: CrossEntropy = _PLAIN
     reduction: str = "mean"
     items: int | None = None
     bias: bool = False
@@ -115,8 +119,8 @@ def _build(setting: Setting, device: str) -> Call:
             return summed / setting.items
         return summed / valid.sum() if setting.reduction == "mean" else summed
 
-    # A logit is off by about one rounding of the compute dtype (operands and result), a row's loss by as
-    # much, and a sum of n independent rows by sqrt(n) of it: two standard deviations of that.
+    # A logit is off by about one rounding of the compute dtype (operands and result), a row's loss
+    # by as much, and a sum of n independent rows by sqrt(n) of it: two standard deviations of that.
     with torch.no_grad():
         largest = float((hidden.double() @ weight.double().t()).abs().max())
         terms = max(int((targets != setting.loss.ignore_index).sum()), 1)
@@ -157,11 +161,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(
-        f"linear_cross_entropy-{name}",
-        "linear_cross_entropy",
-        lambda device, s=setting: _build(s, device),
-    )  # type: ignore[misc]
+    Case(f"linear_cross_entropy-{name}", "linear_cross_entropy", partial(_build, setting))
     for name, setting in SETTINGS.items()
 ]
 CASES.append(

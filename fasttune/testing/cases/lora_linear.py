@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(f"lora_linear-{name}", "lora_linear", lambda device, s=setting: _build(s, device))  # type: ignore[misc]
+    Case(f"lora_linear-{name}", "lora_linear", partial(_build, setting))
     for name, setting in SETTINGS.items()
 ]
 CASES.append(
