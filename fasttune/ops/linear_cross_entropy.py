@@ -41,15 +41,17 @@ from fasttune.ops.lora_linear import LoraBranch, _accumulator, _check_float, _ch
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of a chunk: on a GPU enough rows to fill it, on a CPU few enough not to show in the peak.
-_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+_LOGITS_BYTES = {"cpu": 40 << 20, "cuda": 512 << 20}
 _ROWS_MULTIPLE = 64
 
 
 def chunk_rows(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
-    """Rows of a chunk: the largest multiple of 64 whose logits fit the budget of the device."""
+    """Rows of a chunk: equal chunks, each a multiple of 64 that fits the budget of the device."""
     budget = _LOGITS_BYTES.get(device_type, _LOGITS_BYTES["cuda"])
-    fitting = budget // max(vocab * itemsize, 1) // _ROWS_MULTIPLE * _ROWS_MULTIPLE
-    return max(min(rows, max(fitting, _ROWS_MULTIPLE)), 1)
+    fitting = max(budget // max(vocab * itemsize, 1) // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
+    chunks = max(-(-rows // fitting), 1)
+    equal = -(-rows // chunks)
+    return max(min(-(-equal // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, rows), 1)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from fasttune import _native
 from fasttune.errors import PatchError
 from fasttune.memory import MemoryMeter, memory_meter
 from fasttune.patching import swap
@@ -28,7 +30,7 @@ class Comparison:
         time_ratio: median of the paired ratios fasttune / stock; below 1, fasttune is faster.
         stock_bytes, fasttune_bytes: peak memory of a step above what was in use before it.
         method: how memory was measured.
-        pairs: steps of each.
+        pairs: timed steps of each.
     """
 
     stock_ms: float
@@ -86,47 +88,51 @@ def compare(
     device = next(model.parameters()).device
     meter = memory_meter(str(device))
     times: dict[bool, list[float]] = {True: [], False: []}
-    peaks: dict[bool, list[int]] = {True: [], False: []}
     with preserved(model):
         model.train()
         for measured in range(-1, pairs):
             order = (True, False) if measured % 2 else (False, True)  # neither always goes first
             for stock in order:
-                elapsed_ms, peak = _step(model, batch, loss_fn, stock, device, meter)
+                elapsed_ms = _step_ms(model, batch, loss_fn, stock, device)
                 if measured >= 0:
                     times[stock].append(elapsed_ms)
-                    peaks[stock].append(peak)
+        # Apart from the timing: returning free memory to the system costs page faults afterwards.
+        peaks = {stock: _step_peak(model, batch, loss_fn, stock, device, meter) for stock in times}
     ratios = [fused / stock for fused, stock in zip(times[False], times[True], strict=True)]
     return Comparison(
         statistics.median(times[True]),
         statistics.median(times[False]),
         statistics.median(ratios),
-        int(statistics.median(peaks[True])),
-        int(statistics.median(peaks[False])),
+        peaks[True],
+        peaks[False],
         meter.method,
         pairs,
     )
 
 
-def _step(
+def _step_ms(
+    model: nn.Module, batch: Any, loss_fn: LossFn | None, stock: bool, device: torch.device
+) -> float:
+    start = time.perf_counter()
+    with swap.stock() if stock else contextlib.nullcontext():
+        run_loss(model, batch, loss_fn).backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elapsed_ms = (time.perf_counter() - start) * 1e3
+    model.zero_grad(set_to_none=True)
+    return elapsed_ms
+
+
+def _step_peak(
     model: nn.Module,
     batch: Any,
     loss_fn: LossFn | None,
     stock: bool,
     device: torch.device,
     meter: MemoryMeter,
-) -> tuple[float, int]:
+) -> int:
+    _native.free_scratch()
     meter.set_baseline()
     meter.start_block()
-    start = time.perf_counter()
-    if stock:
-        with swap.stock():
-            run_loss(model, batch, loss_fn).backward()
-    else:
-        run_loss(model, batch, loss_fn).backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elapsed_ms = (time.perf_counter() - start) * 1e3
-    peak = meter.end_block()
-    model.zero_grad(set_to_none=True)
-    return elapsed_ms, peak
+    _step_ms(model, batch, loss_fn, stock, device)
+    return meter.end_block()

@@ -32,13 +32,13 @@ def arithmetic_of(gpu: Gpu, lhs: torch.dtype, rhs: torch.dtype) -> str:
 
 
 # One set of tiles fits every GPU from sm_80 to sm_120 (99 KB of shared memory). A B200 moves 43 KB
-# per multiprocessor and round trip, more than twice an H100: it takes two more stages. sm_75 has no
-# asynchronous copies and 64 KB.
+# per multiprocessor and round trip, more than twice an H100: it takes more stages. sm_75 has
+# no asynchronous copies and 64 KB.
 
 
-def _for_bandwidth(capability: int, tile: Tile) -> Tile:
-    more = 2 if capability in (100, 103) else 0
-    return Tile(tile.rows, tile.columns, tile.warps, tile.stages + more)
+def _for_bandwidth(capability: int, tile: Tile, more: int = 3) -> Tile:
+    stages = tile.stages + (more if capability in (100, 103) else 0)
+    return Tile(tile.rows, tile.columns, tile.warps, stages)
 
 
 @functools.cache
@@ -77,7 +77,8 @@ def up_block_r(arithmetic: str, block_r: int) -> int:
 @functools.cache
 def weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows per step, features of the output]."""
-    return _for_bandwidth(capability, _weight_grad_tile(capability, arithmetic, block_r, dropout))
+    tile = _weight_grad_tile(capability, arithmetic, block_r, dropout)
+    return _for_bandwidth(capability, tile, more=4)
 
 
 def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
@@ -86,7 +87,7 @@ def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: b
             return Tile(32, 64, 4, 3)
         return Tile(16, 64, 4 if block_r == 64 else 8, 4)
     if block_r >= 64:
-        return Tile(32, 64 if arithmetic == "terms6" else 128, 8, 3)
+        return Tile(32, 64, 8, 4) if arithmetic == "terms6" else Tile(32, 128, 8, 3)
     return Tile(32, 128, 4, 4) if arithmetic == "terms6" and block_r == 32 else Tile(64, 128, 4, 3)
 
 
@@ -100,9 +101,9 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
     if block_r > 32:
         return None
     if arithmetic == "fma":
-        return Tile(32, 64, 4, 3) if block_r <= 16 else None
+        return _for_bandwidth(capability, Tile(32, 64, 4, 3)) if block_r <= 16 else None
     if arithmetic == "mma":
         return Tile(64, 256, 8, 3) if block_r <= 16 else Tile(32, 256, 8, 3)
     if arithmetic == "terms6":
-        return Tile(32, 64, 4, 3)
+        return _for_bandwidth(capability, Tile(32, 64, 4, 4))
     return Tile(64, 128, 4 if block_r <= 16 else 8, 3)
