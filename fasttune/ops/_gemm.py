@@ -1,11 +1,8 @@
-"""Products with the base weight: the vendor's matrix product, in the precision that is fast and
-exact.
+"""Products with the base weight: the vendor's, in the precision that is fast and exact.
 
 On a CPU without AMX, bf16 and fp16 matrix products of the vendor library are slower than fp32 ones
-(vdpbf16ps issues at half the rate of an fp32 FMA; fp16 is worse). There the operands are converted
-into fp32
-buffers, block
-by block, multiplied in fp32 and rounded once: faster, and exacter than a 16-bit product.
+(docs/design.md has the measurement). There the operands are converted into fp32 buffers, block by
+block, multiplied in fp32 and rounded once: faster, and exacter than a 16-bit product.
 """
 
 from __future__ import annotations

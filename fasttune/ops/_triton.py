@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 MAX_RANK = 256  # the widest rank bucket of fasttune_kernels' tables
@@ -27,6 +28,8 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
         return "triton is not installed"
     if accepts_cpu_tensors:
         return None
+    if torch.version.hip is not None:
+        return "the launchers pass CUDA-only options; ROCm is not supported"
     if any(tensor.device.type != "cuda" for tensor in tensors):
         return "it takes CUDA tensors"
     return None
