@@ -18,7 +18,7 @@ from fasttune import _native
 # fp32 copy of a block of weight rows: large enough for the GEMM to run at full speed, small enough
 # that the
 # copies of a 128k x 4096 head do not show in the peak memory.
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 4 << 20
 
 
 @lru_cache(maxsize=1)

@@ -41,7 +41,7 @@ from fasttune.ops.lora_linear import LoraBranch, _accumulator, _check_float, _ch
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Logits of a chunk: on a GPU enough rows to fill it, on a CPU few enough not to show in the peak.
-_LOGITS_BYTES = {"cpu": 40 << 20, "cuda": 512 << 20}
+_LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 _ROWS_MULTIPLE = 64
 
 

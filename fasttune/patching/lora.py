@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fasttune import _torch
 from fasttune.integrations import peft
-from fasttune.ops.lora_linear import apply_group, fast_backend_missing
+from fasttune.ops import LoraProjection
+from fasttune.ops.lora_linear import apply_group, fast_backend_missing, slower_than_stock
 from fasttune.patching import state, swap
 from fasttune.reason import Reason
 
@@ -18,12 +19,20 @@ KIND = "lora"
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     reason = _why_original(layer, x, args, kwargs)
-    if reason is not None:
-        if not torch.compiler.is_compiling():
-            state.note_fallback(state.of(layer, KIND), reason)
-        return original(layer, x, *args, **kwargs)
+    if reason is None:
+        projection = peft.projection(layer)
+        slower = slower_than_stock(x, projection)
+        if slower is None:
+            return _fused(layer, x, projection)
+        reason = Reason(slower, expected=True)
+    if not torch.compiler.is_compiling():
+        state.note_fallback(state.of(layer, KIND), reason)
+    return original(layer, x, *args, **kwargs)
+
+
+def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
-    y = apply_group(x, (peft.projection(layer),), compute_dtype)[0]
+    y = apply_group(x, (projection,), compute_dtype)[0]
     node: Any = y.grad_fn
     if node is not None:
         backend = node.backend.name if node.backend else "dispatched"

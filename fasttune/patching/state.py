@@ -45,12 +45,12 @@ class ModuleState:
 
     @property
     def path(self) -> str:
-        """ "fused", "original", or "pending" before the first call."""
+        """One of "fused", "original", or "pending" before the first call."""
         if self.fused_calls and not self.unexpected:
             return "fused"
         if self.unexpected:
             return "mixed" if self.fused_calls else "original"
-        return "pending"
+        return "original" if self.fallbacks else "pending"
 
 
 def attach(module: nn.Module, state: ModuleState) -> None:
