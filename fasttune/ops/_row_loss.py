@@ -2,8 +2,7 @@
 
 A row loss names a primitive ``<name>_rows_`` that every backend implements (docs/design.md): it
 turns a chunk of logits into one loss a row and, in place, into its gradient. Another loss (focal,
-KL, ...) is
-another subclass.
+KL, ...) is another subclass.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ class CrossEntropy:
 
     loss = (1 - label_smoothing) (lse - z_target) + label_smoothing (lse - mean z) + z_loss lse^2;
     label smoothing as ``torch.nn.functional.cross_entropy``, z-loss as PaLM (Chowdhery et al.,
-    2022), softcap as Gemma
-    2.
+    2022), softcap as Gemma 2.
     """
 
     ignore_index: int = -100

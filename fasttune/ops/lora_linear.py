@@ -438,7 +438,7 @@ def _always(*args: Any) -> str | None:
 
 
 # Where fused is not faster than PEFT's own forward on the CPU (bench/results, lora_linear): below
-# these rows the fixed cost of a call is not paid back. Layers below _SMALL_LAYER are all fixed cost.
+# these rows the fixed cost of a call is not paid back; below _SMALL_LAYER all is fixed cost.
 _MIN_ROWS = 64
 _MIN_ROWS_FP32_WITHOUT_DROPOUT = 1024
 _SMALL_LAYER = 1 << 18

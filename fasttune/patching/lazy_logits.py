@@ -2,8 +2,7 @@
 
 It is no tensor, so output walkers (accelerate, DDP) leave it alone. The arithmetic that models do
 between head and loss (scale, divide, tanh) is recorded, so that one mechanism covers every causal
-language model;
-anything else that touches the object gets the real logits.
+language model; anything else that touches the object gets the real logits.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Parameters, state_dict keys, hooks, isinstance and the class's name survive, and gradient
 checkpointing, which wraps ``__call__``, still applies. An instance-level ``forward`` would not
-survive deepcopy, pickle or
-checkpointing.
+survive deepcopy, pickle or checkpointing.
 """
 
 from __future__ import annotations
