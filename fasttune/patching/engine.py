@@ -27,9 +27,9 @@ def patch(
 ) -> nn.Module:
     """Replace what fasttune can compute faster and proves equal, in place.
 
-    Idempotent and incremental: call it again after ``get_peft_model`` or ``add_adapter``. Parameters,
-    state_dict keys and hooks stay; what is not covered takes the original path, counted with its
-    reason (:func:`fasttune.explain`).
+    Idempotent and incremental: call it again after ``get_peft_model`` or ``add_adapter``.
+    Parameters, state_dict keys and hooks stay; what is not covered takes the original path, counted
+    with its reason (:func:`fasttune.explain`).
 
     Args:
         model: any module: a PeftModel, a transformers model with adapters, or a module that

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.ops import LoraProjection
-from fasttune.ops.lora_linear import apply_group, fast_backend_missing, slower_than_stock
+from fasttune.ops.lora_linear import (
+    apply_group,
+    fast_backend_missing,
+    slower_than_stock,
+    too_few_rows,
+)
 from fasttune.patching import state, swap
 from fasttune.reason import Reason
 
@@ -43,6 +48,11 @@ def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
 def _why_original(
     layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
+    weight = getattr(layer.base_layer, "weight", None)
+    if type(x) is Tensor and isinstance(weight, Tensor) and not torch.compiler.is_compiling():
+        few = too_few_rows(x, weight)
+        if few is not None:
+            return Reason(few, expected=True)
     reason = peft.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
