@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.ops import LoraProjection
-from fasttune.ops.lora_linear import (
-    apply_group,
-    fast_backend_missing,
-    slower_than_stock,
-    too_few_rows,
-)
+from fasttune.ops.lora_linear import apply_group
+from fasttune.ops.lora_policy import fast_backend_missing, slower_than_stock, too_few_rows
 from fasttune.patching import state, swap
 from fasttune.reason import Reason
 

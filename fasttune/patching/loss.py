@@ -20,7 +20,7 @@ from fasttune import _torch
 from fasttune.integrations import peft, transformers
 from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
-from fasttune.ops.lora_linear import fast_backend_missing
+from fasttune.ops.lora_policy import fast_backend_missing
 from fasttune.patching import state, swap
 from fasttune.patching.lazy_logits import LazyLogits, head_width
 from fasttune.reason import Reason

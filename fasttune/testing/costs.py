@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fasttune.ops.linear_cross_entropy import chunk_rows
+from fasttune.ops._chunked_head import chunk_rows
 from fasttune.testing.accounting import Launch, register_cost
 
 _FP32_BYTES = 4

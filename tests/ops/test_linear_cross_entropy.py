@@ -8,7 +8,8 @@ from torch.library import opcheck
 from torch.nn.functional import cross_entropy
 
 from fasttune.ops import CrossEntropy, LoraBranch, linear_cross_entropy
-from fasttune.ops.linear_cross_entropy import FORWARD, chunk_rows
+from fasttune.ops._chunked_head import chunk_rows
+from fasttune.ops.linear_cross_entropy import FORWARD
 
 
 def arguments(m=20, h=16, v=101):

@@ -1,0 +1,37 @@
+"""Checks of public arguments, and the dtypes that kernels take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums of products in ``dtype`` are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_float(name: str, tensor: Any) -> None:
+    """Raises TypeError unless ``tensor`` is a tensor of a float dtype."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in (*KERNEL_DTYPES, torch.float64):
+        raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64, got {tensor.dtype}")
+
+
+def check_shape(
+    name: str, tensor: Any, shape: tuple[int | None, ...], device: torch.device
+) -> None:
+    check_float(name, tensor)
+    fits = tensor.dim() == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} as x, got {tensor.device}")

@@ -1,0 +1,136 @@
+"""The registered ops of lora_linear: schema, fake and one implementation per backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune import _native, _registry
+from fasttune.ops import _lora_linear_reference, _triton
+from fasttune.ops._arguments import KERNEL_DTYPES, accumulator
+from fasttune.ops._lora_linear_products import Needs, backward_with, forward_with
+
+# backends
+
+_TENSORS = "Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] lora_biases"
+_FACTS = "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, int[] counts, Tensor? seed"
+
+
+def _forward_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Any, a: Sequence[Tensor], *rest: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    dtype = rest[-1]
+    ys = [x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in weights]
+    ts = [x.new_empty(x.shape[0], f.shape[0], dtype=accumulator(dtype)) for f in a]
+    return ys, ts
+
+
+def _backward_fake(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    weights: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    x_dtype, needs = rest[-2], rest[-1]
+    need = Needs.unpack(needs, len(weights), len(a))
+    dy = dys[0]
+    grads = []
+    if need.x:
+        assert weights[0] is not None
+        grads.append(dy.new_empty(dy.shape[0], weights[0].shape[1], dtype=x_dtype))
+    sum_dtype = accumulator(dy.dtype)
+    trained = [w for w, flag in zip(weights, need.w, strict=True) if flag and w is not None]
+    grads += [torch.empty_like(w) for w in trained]
+    grads += [
+        dy.new_empty(g.shape[1], dtype=sum_dtype)
+        for g, flag in zip(dys, need.bias, strict=True)
+        if flag
+    ]
+    grads += [torch.empty_like(f) for f, flag in zip(a, need.a, strict=True) if flag]
+    grads += [torch.empty_like(f) for f, flag in zip(b, need.b, strict=True) if flag]
+    grads += [
+        dy.new_empty(f.shape[0], dtype=sum_dtype)
+        for f, flag in zip(b, need.lora_bias, strict=True)
+        if flag
+    ]
+    return grads
+
+
+FORWARD = _registry.define(
+    "lora_linear_fwd",
+    f"(Tensor x, {_TENSORS}, {_FACTS}, ScalarType compute_dtype) -> (Tensor[], Tensor[])",
+    _forward_fake,
+)
+BACKWARD = _registry.define(
+    "lora_linear_bwd",
+    "(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor[] a, Tensor[] b, Tensor?[] ts, "
+    f"{_FACTS}, ScalarType x_dtype, bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+
+
+def _flatten(args: Sequence[Any]) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            flat.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            flat += _flatten(arg)
+    return flat
+
+
+def _unsupported_dtype_or_rank(args: Sequence[Any], max_rank: int) -> str | None:
+    a = args[3]
+    for tensor in _flatten(args):
+        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes fp32, bf16 and fp16, got {tensor.dtype}"
+    for factor in a:
+        if factor.shape[0] > max_rank:
+            return f"it takes ranks up to {max_rank}, got {factor.shape[0]}"
+    return None
+
+
+def _cpu_supports(*args: Any) -> str | None:
+    missing = _native.cpu_missing()
+    if missing is not None:
+        return missing
+    if any(tensor.device.type != "cpu" for tensor in _flatten(args)):
+        return "it takes CPU tensors"
+    return _unsupported_dtype_or_rank(args, _native.MAX_RANK)
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return _triton.why_not(_flatten(args)) or _unsupported_dtype_or_rank(args, _triton.MAX_RANK)
+
+
+def _always(*args: Any) -> str | None:
+    return None
+
+
+@FORWARD.backend("cpu", _cpu_supports)
+def _fwd_cpu(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return forward_with(_native, *args)
+
+
+@BACKWARD.backend("cpu", _cpu_supports)
+def _bwd_cpu(*args: Any) -> list[Tensor]:
+    return backward_with(_native, *args)
+
+
+@FORWARD.backend("triton", _triton_supports)
+def _fwd_triton(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return forward_with(_triton.kernels("lora_linear"), *args)
+
+
+@BACKWARD.backend("triton", _triton_supports)
+def _bwd_triton(*args: Any) -> list[Tensor]:
+    return backward_with(_triton.kernels("lora_linear"), *args)
+
+
+FORWARD.backend("reference", _always)(_lora_linear_reference.forward)
+BACKWARD.backend("reference", _always)(_lora_linear_reference.backward)

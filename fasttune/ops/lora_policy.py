@@ -1,0 +1,58 @@
+"""Where the fused LoRA path is not faster than PEFT's own forward, and the original must run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasttune import _native, _registry, _torch
+from fasttune.ops import _triton
+from fasttune.ops.lora_linear import LoraProjection
+
+# Where fused is not faster than PEFT's own forward on the CPU (bench/results, lora_linear): below
+# these rows the fixed cost of a call is not paid back; below _SMALL_LAYER all is fixed cost.
+_MIN_ROWS = 64
+_MIN_ROWS_FP32_WITHOUT_DROPOUT = 1024
+_SMALL_LAYER = 1 << 18
+
+
+def too_few_rows(x: Tensor, weight: Tensor) -> str | None:
+    """Why PEFT's own forward is faster for an input this small, or None; cheap to ask first."""
+    if x.device.type != "cpu" or weight.numel() < _SMALL_LAYER:
+        return None
+    rows = x.numel() // max(x.shape[-1], 1)
+    if rows >= _MIN_ROWS or _registry.forced_backend() is not None:
+        return None
+    return f"below {_MIN_ROWS} rows the fused path is not faster"
+
+
+def slower_than_stock(x: Tensor, projection: LoraProjection) -> str | None:
+    """Why PEFT's own forward is faster for this call, or None.
+
+    From CPU measurements with rank 16: with dropout or a 16-bit base the fused path wins from a few
+    dozen rows; in fp32 without dropout it only draws level at about 1024 rows.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return None
+    if projection.weight.numel() < _SMALL_LAYER or _torch.autocast_dtype("cpu") is not None:
+        return None
+    rows = x.numel() // max(x.shape[-1], 1)
+    limit = _MIN_ROWS_FP32_WITHOUT_DROPOUT
+    if rows >= limit or any(branch.dropout_p > 0 for branch in projection.branches):
+        return None
+    if _registry.forced_backend() is not None:
+        return None
+    return f"in fp32 without dropout the fused path is not faster below {limit} rows"
+
+
+def fast_backend_missing(device_type: str) -> str | None:
+    """Why no backend faster than plain torch serves this device, or None if one does."""
+    if _registry.forced_backend() is not None:
+        return None
+    if device_type == "cpu":
+        return _native.cpu_missing()
+    if device_type == "cuda":
+        return _triton.why_not(())
+    if device_type == "meta":  # shapes only: no backend runs
+        return None
+    return f"no kernels for device {device_type}"
