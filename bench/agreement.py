@@ -29,8 +29,10 @@ def assert_agreement(
     """Every tensor of ``fasttune`` may be ``ERROR_FACTOR`` times as far from ``truth`` as stock's.
 
     The floor is an eighth of a rounding step of ``dtype``, less than rounding the result once
-    costs, and four of fp32, in which sums are kept: a single number can be exact by luck. Raises AssertionError naming the tensor, also where
-    the truth is zero or not finite: then nothing would be compared.
+    costs, and four of fp32, in which sums are kept: a single number can be exact by luck.
+
+    Raises AssertionError naming the tensor, also where the truth is zero or not finite: then
+    nothing would be compared.
     """
     assert stock.keys() == fasttune.keys() == truth.keys(), (set(stock), set(fasttune), set(truth))
     floor = torch.finfo(dtype).eps / 8 + 4 * torch.finfo(torch.float32).eps
