@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry
-from fasttune.ops import _lora_linear_reference, _triton
-from fasttune.ops._arguments import KERNEL_DTYPES, accumulator
+from fasttune.ops import _lora_linear_reference, _support, _triton
+from fasttune.ops._arguments import accumulator
 from fasttune.ops._lora_linear_products import Needs, backward_with, forward_with
 
 # backends
@@ -74,42 +74,12 @@ BACKWARD = _registry.define(
 )
 
 
-def _flatten(args: Sequence[Any]) -> list[Tensor]:
-    flat: list[Tensor] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            flat.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            flat += _flatten(arg)
-    return flat
-
-
-def _unsupported_dtype_or_rank(args: Sequence[Any], max_rank: int) -> str | None:
-    a = args[3]
-    for tensor in _flatten(args):
-        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
-            return f"it takes fp32, bf16 and fp16, got {tensor.dtype}"
-    for factor in a:
-        if factor.shape[0] > max_rank:
-            return f"it takes ranks up to {max_rank}, got {factor.shape[0]}"
-    return None
-
-
 def _cpu_supports(*args: Any) -> str | None:
-    missing = _native.cpu_missing()
-    if missing is not None:
-        return missing
-    if any(tensor.device.type != "cpu" for tensor in _flatten(args)):
-        return "it takes CPU tensors"
-    return _unsupported_dtype_or_rank(args, _native.MAX_RANK)
+    return _support.why_not_cpu(args, args[3])
 
 
 def _triton_supports(*args: Any) -> str | None:
-    return _triton.why_not(_flatten(args)) or _unsupported_dtype_or_rank(args, _triton.MAX_RANK)
-
-
-def _always(*args: Any) -> str | None:
-    return None
+    return _support.why_not_triton(args, args[3])
 
 
 @FORWARD.backend("cpu", _cpu_supports)
@@ -132,5 +102,5 @@ def _bwd_triton(*args: Any) -> list[Tensor]:
     return backward_with(_triton.kernels("lora_linear"), *args)
 
 
-FORWARD.backend("reference", _always)(_lora_linear_reference.forward)
-BACKWARD.backend("reference", _always)(_lora_linear_reference.backward)
+FORWARD.backend("reference", _support.never)(_lora_linear_reference.forward)
+BACKWARD.backend("reference", _support.never)(_lora_linear_reference.backward)

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry, _torch
-from fasttune.ops import _dropout, _triton
-from fasttune.ops._arguments import KERNEL_DTYPES, accumulator, check_float, check_shape
+from fasttune.ops import _dropout, _support, _triton
+from fasttune.ops._arguments import accumulator, check_float, check_shape
 from fasttune.ops._chunked_head import chunked, stored_dtype
 from fasttune.ops._row_loss import CrossEntropy
 from fasttune.ops.lora_linear import LoraBranch
@@ -68,32 +68,12 @@ FORWARD = _registry.define(
 )
 
 
-def _tensors(args: Sequence[Any]) -> list[Tensor]:
-    hidden, weight, bias, targets, a, b = args[:6]
-    return [t for t in (hidden, weight, bias, targets, *a, *b) if t is not None]
-
-
-def _unsupported(args: Sequence[Any], max_rank: int) -> str | None:
-    for tensor in _tensors(args):
-        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
-            return f"it takes fp32, bf16 and fp16, got {tensor.dtype}"
-    for factor in args[4]:
-        if factor.shape[0] > max_rank:
-            return f"it takes ranks up to {max_rank}, got {factor.shape[0]}"
-    return None
-
-
 def _cpu_supports(*args: Any) -> str | None:
-    missing = _native.cpu_missing()
-    if missing is not None:
-        return missing
-    if any(tensor.device.type != "cpu" for tensor in _tensors(args)):
-        return "it takes CPU tensors"
-    return _unsupported(args, _native.MAX_RANK)
+    return _support.why_not_cpu(args, args[4])
 
 
 def _triton_supports(*args: Any) -> str | None:
-    return _triton.why_not(_tensors(args)) or _unsupported(args, _triton.MAX_RANK)
+    return _support.why_not_triton(args, args[4])
 
 
 @FORWARD.backend("cpu", _cpu_supports)
@@ -136,7 +116,7 @@ def _plain_sums(
     return loss.sum(), correct.sum(), entropy.sum()
 
 
-@FORWARD.backend("reference", lambda *args: None)
+@FORWARD.backend("reference", _support.never)
 def _fwd_reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     hidden, weight, bias, targets, a, b = args[:6]
     needs = args[13]

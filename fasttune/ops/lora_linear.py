@@ -119,7 +119,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx.spec, ctx.needs, ctx.shape, ctx.x_dtype = spec, needs, x.shape, x.dtype
         ctx.widths = [w.shape[0] for w in weights]
         ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        # No views: `q *= s` on an output must work, and autograd forbids it on a view made in here.
+        shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
+        return tuple(
+            torch.ops.aten._unsafe_view.default(y, shape)
+            for y, shape in zip(ys, shapes, strict=True)
+        )
 
     @staticmethod
     @_torch.first_order_only

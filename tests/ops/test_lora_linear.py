@@ -76,6 +76,19 @@ def test_a_group_equals_its_members():
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3)])
+def test_outputs_own_their_memory_and_can_be_changed_in_place(lead):
+    _, weight, a, b = arguments()
+    x = torch.randn(*lead, 24)
+    a.requires_grad_()
+    y = lora_linear(x, weight, a, b)
+    assert not y._is_view()
+    y *= 2
+    y.sum().backward()
+    (expected,) = torch.autograd.grad((lora_linear(x, weight, a, b) * 2).sum(), a)
+    assert torch.equal(a.grad, expected)
+
+
 def op_arguments(thresholds=(6554,)):
     x, weight, a, b = arguments()
     return (

@@ -1,0 +1,54 @@
+"""Why a kernel tier cannot take the arguments of a call: one answer for every op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fasttune import _native
+from fasttune.ops import _triton
+from fasttune.ops._arguments import KERNEL_DTYPES
+
+
+def why_not_cpu(args: Sequence[Any], a: Sequence[Tensor]) -> str | None:
+    """Why the C++ kernels cannot take ``args``, whose LoRA factors A are ``a``, or None."""
+    missing = _native.cpu_missing()
+    if missing is not None:
+        return missing
+    tensors = _flatten(args)
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return "it takes CPU tensors"
+    return _dtype_or_rank(tensors, a, _native.MAX_RANK)
+
+
+def why_not_triton(args: Sequence[Any], a: Sequence[Tensor]) -> str | None:
+    """Why the Triton kernels cannot take ``args``, whose LoRA factors A are ``a``, or None."""
+    tensors = _flatten(args)
+    return _triton.why_not(tensors) or _dtype_or_rank(tensors, a, _triton.MAX_RANK)
+
+
+def never(*args: Any) -> str | None:
+    """The reference takes everything."""
+    return None
+
+
+def _flatten(args: Sequence[Any]) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            flat.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            flat += [item for item in arg if isinstance(item, Tensor)]
+    return flat
+
+
+def _dtype_or_rank(tensors: Sequence[Tensor], a: Sequence[Tensor], max_rank: int) -> str | None:
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes fp32, bf16 and fp16, got {tensor.dtype}"
+    for factor in a:
+        if factor.shape[0] > max_rank:
+            return f"it takes ranks up to {max_rank}, got {factor.shape[0]}"
+    return None
