@@ -165,6 +165,12 @@ def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
     return None
 
 
+def base_weight(layer: nn.Module) -> Tensor | None:
+    """The weight of the base layer without nn.Module's slow attribute path, None if it has none."""
+    base = layer._modules.get("base_layer")
+    return None if base is None else base._parameters.get("weight")
+
+
 def active(layer: Any) -> list[str]:
     """The active adapters that this layer has, in the order PEFT adds them."""
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]

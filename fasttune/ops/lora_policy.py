@@ -12,18 +12,16 @@ from fasttune.ops.lora_linear import LoraProjection
 # Where fused is not faster than PEFT's own forward on the CPU (bench/results, lora_linear): below
 # these rows the fixed cost of a call is not paid back; below _SMALL_LAYER all is fixed cost.
 _MIN_ROWS = 64
+TOO_FEW_ROWS = f"below {_MIN_ROWS} rows the fused path is not faster"
 _MIN_ROWS_FP32_WITHOUT_DROPOUT = 1024
-_SMALL_LAYER = 1 << 18
+_SMALL_LAYER = 1 << 16
 
 
-def too_few_rows(x: Tensor, weight: Tensor) -> str | None:
-    """Why PEFT's own forward is faster for an input this small, or None; cheap to ask first."""
-    if x.device.type != "cpu" or weight.numel() < _SMALL_LAYER:
-        return None
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows >= _MIN_ROWS or _registry.forced_backend() is not None:
-        return None
-    return f"below {_MIN_ROWS} rows the fused path is not faster"
+def too_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """True if PEFT's own forward is faster for an input this small; cheap enough to ask first."""
+    if not x.is_cpu or x.numel() >= _MIN_ROWS * x.shape[-1] or weight.numel() < _SMALL_LAYER:
+        return False
+    return _registry.forced_backend() is None
 
 
 def slower_than_stock(x: Tensor, projection: LoraProjection) -> str | None:

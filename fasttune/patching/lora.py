@@ -11,11 +11,17 @@ from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.ops import LoraProjection
 from fasttune.ops.lora_linear import apply_group
-from fasttune.ops.lora_policy import fast_backend_missing, slower_than_stock, too_few_rows
+from fasttune.ops.lora_policy import (
+    TOO_FEW_ROWS,
+    fast_backend_missing,
+    slower_than_stock,
+    too_few_rows,
+)
 from fasttune.patching import state, swap
 from fasttune.reason import Reason
 
 KIND = "lora"
+_TOO_FEW_ROWS = Reason(TOO_FEW_ROWS, expected=True)
 
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -44,11 +50,9 @@ def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
 def _why_original(
     layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
-    weight = getattr(layer.base_layer, "weight", None)
-    if type(x) is Tensor and isinstance(weight, Tensor) and not torch.compiler.is_compiling():
-        few = too_few_rows(x, weight)
-        if few is not None:
-            return Reason(few, expected=True)
+    weight = peft.base_weight(layer)
+    if type(x) is Tensor and x.dim() and weight is not None and too_few_rows(x, weight):
+        return _TOO_FEW_ROWS
     reason = peft.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
