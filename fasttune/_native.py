@@ -87,7 +87,7 @@ def _threads() -> int:
 
 
 def _matrix(x: Tensor, *, mutable: bool = False) -> Any:
-    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+    if x.dim() != 2 or (x.numel() and x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"expected a matrix with unit column stride, got {x.shape}, {x.stride()}")
     kind = cpu().MutableMatrix if mutable else cpu().Matrix
     return kind(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPE_CODES[x.dtype])

@@ -136,7 +136,7 @@ def _why_base(layer: Any, x: Tensor) -> Reason | None:
         return Reason(f"base layer is {type(base).__name__}, not nn.Linear")
     if hooked(base):
         return Reason("a hook on base_layer")
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None or not _plain(weight) or (bias is not None and not _plain(bias)):
         return Reason("base weight is quantised or sharded")
     if weight.dtype not in _FLOATS or x.dtype not in _FLOATS:
@@ -157,7 +157,7 @@ def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
     casts = getattr(layer, "cast_input_dtype_enabled", True)
     autocast = _torch.autocast_dtype(x.device.type)
     for adapter in active(layer):
-        a = layer.lora_A[adapter]._parameters["weight"]
+        a = layer.lora_A[adapter]._parameters.get("weight")
         if a.device != x.device:
             return Reason(f"adapter on {a.device}, input on {x.device}")
         if not casts and a.dtype != x.dtype and autocast is None:
@@ -193,7 +193,7 @@ def why_factors(layer: Any) -> Reason | None:
         for name, module in (("lora_A", down), ("lora_B", up), ("lora_dropout", dropout)):
             if hooked(module):
                 return Reason(f"a hook on {name}[{adapter!r}]")
-        a, b = down._parameters["weight"], up._parameters["weight"]
+        a, b = down._parameters.get("weight"), up._parameters.get("weight")
         if a is None or b is None or not _plain(a) or not _plain(b):
             return Reason("adapter weights are sharded")
         if a.dtype not in _FLOATS or a.dtype != b.dtype or a.device != b.device:
@@ -224,7 +224,7 @@ def projection(layer: Any) -> LoraProjection:
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
         dropout = layer.lora_dropout[adapter]
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        scaling, bias = layer.scaling[adapter], up._parameters["bias"]
+        scaling, bias = layer.scaling[adapter], up._parameters.get("bias")
         branches.append(LoraBranch(down.weight, up.weight, scaling, bias, p))
     base = layer.base_layer
     return LoraProjection(base.weight, base.bias, tuple(branches))

@@ -23,11 +23,19 @@ class CrossEntropy:
     2022), softcap as Gemma 2.
     """
 
+    # Raises ValueError if a value is out of range.
     ignore_index: int = -100
     logit_scale: float = 1.0
     softcap: float = 0.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            got = self.label_smoothing
+            raise ValueError(f"label_smoothing: expected a value in [0, 1], got {got}")
+        if self.softcap < 0:
+            raise ValueError(f"softcap: expected 0 (none) or more, got {self.softcap}")
 
     def rows_(
         self, prims: ModuleType, logits: Tensor, targets: Tensor, need_grad: bool, need_stats: bool

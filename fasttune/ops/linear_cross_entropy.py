@@ -165,7 +165,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.backend = None if _registry.must_dispatch(tensors) else FORWARD.select(*args)
         run = FORWARD.registered if ctx.backend is None else ctx.backend.run
         loss, correct, entropy, grads = run(*args)
-        ctx.save_for_backward(*grads)
+        # torch gives an ignored row a gradient of exactly 0, also where the mean is 0 / 0.
+        any_valid = (targets != int(options[0])).any()
+        ctx.save_for_backward(any_valid, *grads)
         ctx.saved_bytes = sum(grad.numel() * grad.element_size() for grad in grads)
         ctx.needs = needs
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, *factors)]
@@ -175,7 +177,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @_torch.first_order_only
     def backward(ctx: Any, gradient: Tensor, *unused: Tensor) -> Any:
-        saved = iter(ctx.saved_tensors)
+        any_valid, *saved_grads = ctx.saved_tensors
+        saved = iter(saved_grads)
+        gradient = torch.where(any_valid, gradient, torch.zeros_like(gradient))
         grads = [
             (next(saved) * gradient).to(dtype) if flag else None
             for flag, dtype in zip(ctx.needs, ctx.dtypes, strict=True)

@@ -302,6 +302,8 @@ def _validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | N
                         "scaling: expected a tensor without requires_grad, got a trained one"
                     )
             _dropout.threshold(branch.dropout_p)
+    if seed is not None and not isinstance(seed, Tensor):
+        raise TypeError(f"seed: expected a tensor, got {type(seed).__name__}")
     if seed is not None and (
         seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device
     ):

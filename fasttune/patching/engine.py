@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
+from fasttune import _registry
 from fasttune.errors import PatchError
 from fasttune.integrations import peft, transformers
 from fasttune.patching import lora, loss, sharding, state, swap
@@ -54,11 +55,15 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     wanted = _check_kinds(kinds, fused_loss)
-    if os.environ.get("FASTTUNE_DISABLE", "0") not in ("", "0"):
+    _registry.forced_backend()  # a misspelt FASTTUNE_BACKEND shows here, not at the first forward
+    if os.environ.get("FASTTUNE_DISABLE", "0").lower() not in ("", "0", "false", "no", "off"):
         state.logger.warning("FASTTUNE_DISABLE is set: fasttune.patch leaves the model as it is")
         return model
     sharding.refuse_sharded(model)
     chosen = _Filter(include, exclude)
+    _warn_of_unknown_names(model, chosen)
+    if _narrower(model, wanted, chosen):
+        unpatch(model)
     undo: list[Callable[[], None]] = []
     skipped: dict[str, str] = {}
     try:
@@ -251,6 +256,23 @@ def _check_kinds(kinds: Iterable[str] | None, fused_loss: bool) -> set[str]:
     if unknown:
         raise ValueError(f"kinds: expected a subset of {set(KINDS)}, got {sorted(unknown)}")
     return wanted if fused_loss else wanted - {"loss"}
+
+
+def _narrower(model: nn.Module, wanted: set[str], chosen: _Filter) -> bool:
+    """True if something that is patched falls outside the new selection."""
+    for name, module in model.named_modules():
+        for kind in state.all_of(module):
+            if kind not in wanted or not chosen(name):
+                return True
+    return False
+
+
+def _warn_of_unknown_names(model: nn.Module, chosen: _Filter) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for argument, patterns in (("include", chosen.include), ("exclude", chosen.exclude)):
+        for pattern in patterns or ():
+            if not any(_matches(name, [pattern]) for name in names):
+                state.logger.warning("%s: no module is named %r", argument, pattern)
 
 
 def _nothing_to_patch(model: nn.Module, skipped: dict[str, str], strict: bool) -> None:

@@ -8,6 +8,7 @@ language model; anything else that touches the object gets the real logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,34 @@ _Number = float  # inside the class, ``float`` is the tensor method
 _SWITCH = "fasttune.patch(model, fused_loss=False)"
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a head computed with: its tensors at their versions, and the state of its adapters.
+
+    Two snapshots are equal if the head would compute the same. Writes through ``.data`` do not move
+    a version and are not seen.
+    """
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    facts: tuple[object, ...]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Snapshot) or len(self.tensors) != len(other.tensors):
+            return False
+        same = all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+        return same and self.versions == other.versions and self.facts == other.facts
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class LazyLogits:
     """The logits [*, V] of a head that has not run yet.
 
     Args:
         hidden: [*, H], the head's input.
         head: the module whose output the logits are.
+        snapshot: ``snapshot(head)``, what its result depends on beside the input.
         project: ``project(head, hidden)``, the head's own forward; a module-level function, so that
             deepcopy of the model does not drag another head along.
     """
@@ -35,19 +58,26 @@ class LazyLogits:
         hidden: Tensor,
         head: nn.Module,
         project: Callable[[nn.Module, Tensor], Tensor],
+        snapshot: Callable[[nn.Module], Snapshot],
         chain: tuple[tuple[str, float], ...] = (),
         parent: LazyLogits | None = None,
     ) -> None:
-        self._hidden, self._head, self._project, self._chain = hidden, head, project, chain
-        self._versions: list[tuple[Tensor, int]] = (
-            [(p, p._version) for p in head.parameters()] if parent is None else parent._versions
-        )
-        device_type = hidden.device.type
-        self._autocast: torch.dtype | None = (
-            _torch.autocast_dtype(device_type) if parent is None else parent._autocast
-        )
-        self._values: dict[bool, Tensor] = {}
-        self._touched: list[str] = [] if parent is None else parent._touched
+        self._hidden, self._head, self._chain = hidden, head, chain
+        self._project, self._snapshot = project, snapshot
+        self._values: list[Tensor] = []  # the real logits, once somebody asked
+        self._before: Snapshot
+        self._version: int
+        self._autocast: torch.dtype | None
+        self._grad: bool
+        if parent is not None:
+            self._before, self._version = parent._before, parent._version
+            self._autocast, self._grad = parent._autocast, parent._grad
+            self._touched: list[str] = parent._touched
+            return
+        self._before, self._version = snapshot(head), hidden._version
+        self._autocast = _torch.autocast_dtype(hidden.device.type)
+        self._grad = torch.is_grad_enabled()
+        self._touched = []
 
     @property
     def hidden(self) -> Tensor:
@@ -85,42 +115,41 @@ class LazyLogits:
         return (scale * outer, outer) if outer > 0 else None
 
     def materialize(self, why: str = "materialize()") -> Tensor:
-        """The real logits, with the graph if gradients are enabled.
+        """The real logits, computed once; under no_grad a detached alias of the same memory.
 
         Raises:
-            RuntimeError: a parameter of the head changed since the head was called, so they can no
-                longer be computed.
+            RuntimeError: the head or its input changed since the head was called (a parameter was
+                updated, adapters were switched), so that they can no longer be computed.
         """
-        enabled = (
-            torch.is_grad_enabled()
-        )  # logits first read under no_grad must not lose their gradient later
-        cached = self._values.get(enabled)
-        if cached is not None:
-            return cached
-        self._touched.append(why)
-        for parameter, version in self._versions:
-            if parameter._version != version:
+        if not self._values:
+            self._touched.append(why)
+            if self._hidden._version != self._version or self._snapshot(self._head) != self._before:
                 raise RuntimeError(
                     "the logits of this forward were not computed, because the loss did not need "
-                    "them, and the head has been updated since; read them before optimizer.step() "
-                    f"or use {_SWITCH}"
+                    "them, and the head has been updated or changed since; read them before "
+                    f"optimizer.step() or use {_SWITCH}"
                 )
-        device_type = self._hidden.device.type
-        if self._autocast is not None:
-            with torch.autocast(device_type, self._autocast):
+            # With the graph of the forward, also where they are first read under no_grad.
+            with torch.set_grad_enabled(self._grad), self._autocast_again():
                 value = self._project(self._head, self._hidden)
-        else:
-            with torch.autocast(device_type, enabled=False):
-                value = self._project(self._head, self._hidden)
-        for operation, factor in self._chain:
-            value = torch.tanh(value) if operation == "tanh" else value * factor
-        self._values[enabled] = value
-        return value
+                for operation, factor in self._chain:
+                    value = torch.tanh(value) if operation == "tanh" else value * factor
+            self._values.append(value)
+        value = self._values[0]
+        return value if torch.is_grad_enabled() else value.detach()
+
+    def _autocast_again(self) -> torch.autocast:
+        dtype = self._autocast
+        kind = self._hidden.device.type
+        return torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     # ------------------------------------------------------------------ looks like a tensor
 
     dtype = torch.float32  # accelerate upcasts outputs that say they are 16-bit
-    requires_grad = False
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._grad
 
     @property
     def shape(self) -> torch.Size:
@@ -154,7 +183,9 @@ class LazyLogits:
             real = self.materialize()
             return torch.tanh(real) if operation == "tanh" else real * value
         chain = (*self._chain, (operation, value))
-        return LazyLogits(self._hidden, self._head, self._project, chain, parent=self)
+        return LazyLogits(
+            self._hidden, self._head, self._project, self._snapshot, chain, parent=self
+        )
 
     def __mul__(self, other: Any) -> Any:
         if isinstance(other, (int, float)):
@@ -167,6 +198,12 @@ class LazyLogits:
         if isinstance(other, (int, float)) and other != 0:
             return self._record("mul", 1.0 / other)
         return self.materialize("division") / other
+
+    def __abs__(self) -> Tensor:
+        return self.materialize("abs").abs()
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self.materialize("a search")
 
     def __neg__(self) -> Tensor:
         return -self.materialize("negation")
@@ -217,23 +254,21 @@ def _binary(name: str) -> Callable[[LazyLogits, Any], Any]:
     return method
 
 
+def _in_place(name: str) -> Callable[[LazyLogits, Any], LazyLogits]:
+    def method(self: LazyLogits, other: Any) -> LazyLogits:
+        getattr(self.materialize(name), name)(other)
+        return self
+
+    return method
+
+
 for _name in (
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "rtruediv",
-    "pow",
-    "matmul",
-    "rmatmul",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
+    *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod"),
+    *("pow", "rpow", "matmul", "rmatmul", "eq", "ne", "lt", "le", "gt", "ge"),
 ):
     setattr(LazyLogits, f"__{_name}__", _binary(f"__{_name}__"))
+for _name in ("iadd", "isub", "imul", "itruediv"):
+    setattr(LazyLogits, f"__{_name}__", _in_place(f"__{_name}__"))
 # Comparisons are elementwise, as a tensor's; hashing stays by identity, as a tensor's.
 LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
 

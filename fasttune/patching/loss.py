@@ -22,7 +22,7 @@ from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
 from fasttune.ops.lora_policy import fast_backend_missing
 from fasttune.patching import state, swap
-from fasttune.patching.lazy_logits import LazyLogits, head_width
+from fasttune.patching.lazy_logits import LazyLogits, Snapshot, head_width
 from fasttune.reason import Reason
 
 KIND = "loss"
@@ -123,7 +123,7 @@ def _head_forward(head: nn.Module, original: Any, hidden: Tensor, *args: Any, **
     armed = any(candidate is head for candidate in _armed.heads)
     if not armed or args or kwargs or type(hidden) is not Tensor:
         return original(head, hidden, *args, **kwargs)
-    return LazyLogits(hidden, head, project)
+    return LazyLogits(hidden, head, project, snapshot)
 
 
 def project(head: nn.Module, hidden: Tensor) -> Tensor:
@@ -134,6 +134,26 @@ def project(head: nn.Module, hidden: Tensor) -> Tensor:
         return logits
     finally:
         _armed.heads = armed
+
+
+def snapshot(head: nn.Module) -> Snapshot:
+    """What the head's logits depend on, for LazyLogits to see whether it changed."""
+    module: Any = head
+    facts: list[object] = []
+    if peft.is_modules_to_save(module):
+        module = peft.saved_module(module)
+        facts.append(id(module))
+    tensors: list[Tensor] = []
+    if peft.loaded() and peft.is_linear(swap.original_class(module)):
+        facts += [module.disable_adapters, module.merged]
+        for adapter in peft.active(module):
+            scaling = module.scaling[adapter]
+            facts += [adapter, id(scaling) if isinstance(scaling, Tensor) else scaling]
+            for factor in (module.lora_A[adapter], module.lora_B[adapter]):
+                tensors += list(factor.parameters())
+        module = module.base_layer
+    tensors += [t for t in (module.weight, module.bias) if t is not None]
+    return Snapshot(tuple(tensors), tuple(t._version for t in tensors), tuple(facts))
 
 
 def why_head_original(head: nn.Module) -> Reason | None:
@@ -156,7 +176,7 @@ def why_head_original(head: nn.Module) -> Reason | None:
             return Reason("a hook on the output head")
     if swap.original_class(module) is not nn.Linear:
         return Reason(f"the output head is {swap.original_class(module).__name__}, not nn.Linear")
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")
     if weight is None or type(weight) not in (Tensor, nn.Parameter) or not weight.numel():
         return Reason("the head's weight is quantised or sharded")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

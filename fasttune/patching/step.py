@@ -34,6 +34,10 @@ def run_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"batch: expected a 0-d loss (does it have labels?), got {got}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss needs no gradient: nothing is trained (frozen or merged adapters?)"
+        )
     return loss
 
 
@@ -50,7 +54,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for record in state.all_of(module).values()
     ]
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         try:
             for parameter in parameters:
                 parameter.grad = None

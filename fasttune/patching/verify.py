@@ -95,15 +95,26 @@ def verify(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Verif
     Raises:
         PatchError: the model is not patched.
         VerificationError: a layer or the step deviates, or a gradient is zero where stock's is not.
-        ValueError: the model returns no loss.
+        ValueError: the model returns no loss, or stock's loss is not finite.
     """
     if not is_patched(model):
         raise PatchError("verify: the model is not patched; call fasttune.patch first")
     with preserved(model):
         model.train()
+        _refuse_a_batch_without_a_finite_loss(model, batch, loss_fn)
         layers = _check_layers(model, batch, loss_fn)
         step = _check_step(model, batch, loss_fn)
     return Verification(tuple(layers), tuple(step))
+
+
+def _refuse_a_batch_without_a_finite_loss(model: nn.Module, batch: Any, loss_fn: Any) -> None:
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), swap.stock():
+        value = run_loss(model, batch, loss_fn).detach()
+    if not bool(torch.isfinite(value)):
+        raise ValueError(
+            f"batch: the stock loss is {float(value)}, so that nothing can be compared"
+        )
 
 
 # ---------------------------------------------------------------------------- layer by layer

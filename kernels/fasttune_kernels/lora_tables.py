@@ -32,12 +32,17 @@ def arithmetic_of(gpu: Gpu, lhs: torch.dtype, rhs: torch.dtype) -> str:
 
 
 # One set of tiles fits every GPU from sm_80 to sm_120 (99 KB of shared memory). A B200 moves 43 KB
-# per multiprocessor and round trip, more than twice an H100: it takes more stages. sm_75 has
-# no asynchronous copies and 64 KB.
+# per multiprocessor and round trip, more than twice an H100: it takes more stages and, for 128
+# ranks, whose fp32 operand is most of a stage (16 KB), a wider tile. sm_75 has no asynchronous
+# copies and 64 KB.
+
+
+def _is_b200(capability: int) -> bool:
+    return capability in (100, 103)
 
 
 def _for_bandwidth(capability: int, tile: Tile, more: int = 3) -> Tile:
-    stages = tile.stages + (more if capability in (100, 103) else 0)
+    stages = tile.stages + (more if _is_b200(capability) else 0)
     return Tile(tile.rows, tile.columns, tile.warps, stages)
 
 
@@ -56,6 +61,8 @@ def _down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) ->
         return Tile(64, 32, 4 if block_r == 16 else 8, 3)
     if block_r == 16 or (block_r == 32 and arithmetic == "terms"):
         return Tile(64, 64, 4, 4)
+    if block_r == 128 and _is_b200(capability):
+        return Tile(128, 32, 8, 4)
     few_warps = block_r == (64 if arithmetic == "terms" else 32)
     return Tile(64, 32, 4 if few_warps else 8, 4)
 
@@ -87,7 +94,8 @@ def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: b
             return Tile(32, 64, 4, 3)
         return Tile(16, 64, 4 if block_r == 64 else 8, 4)
     if block_r >= 64:
-        return Tile(32, 64, 8, 4) if arithmetic == "terms6" else Tile(32, 128, 8, 3)
+        narrow = arithmetic == "terms6" and not (block_r == 128 and _is_b200(capability))
+        return Tile(32, 64, 8, 4) if narrow else Tile(32, 128, 8, 3)
     return Tile(32, 128, 4, 4) if arithmetic == "terms6" and block_r == 32 else Tile(64, 128, 4, 3)
 
 
@@ -102,8 +110,9 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
         return None
     if arithmetic == "fma":
         return _for_bandwidth(capability, Tile(32, 64, 4, 3)) if block_r <= 16 else None
-    if arithmetic == "mma":
-        return Tile(64, 256, 8, 3) if block_r <= 16 else Tile(32, 256, 8, 3)
     if arithmetic == "terms6":
         return _for_bandwidth(capability, Tile(32, 64, 4, 4))
-    return Tile(64, 128, 4 if block_r <= 16 else 8, 3)
+    if block_r <= 16:
+        return Tile(64, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 4, 3)
+    tile = Tile(32, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 8, 3)
+    return _for_bandwidth(capability, tile, more=1)

@@ -89,6 +89,13 @@ def test_outputs_own_their_memory_and_can_be_changed_in_place(lead):
     assert torch.equal(a.grad, expected)
 
 
+def test_expanded_gradient_of_an_empty_batch():
+    _, weight, a, b = arguments()
+    x = torch.zeros(0, 24, requires_grad=True)
+    lora_linear(x, weight, a.requires_grad_(), b).sum().backward()
+    assert x.grad.shape == (0, 24) and not bool(a.grad.any())
+
+
 def op_arguments(thresholds=(6554,)):
     x, weight, a, b = arguments()
     return (

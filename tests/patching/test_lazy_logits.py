@@ -275,3 +275,48 @@ def test_the_loss_holds_no_logits(batch):
     ):
         model(**batch).loss.backward()
     assert max(sizes) < 46 * 4001
+
+
+@pytest.mark.parametrize("items", [None, torch.tensor(0)])
+def test_a_batch_of_ignored_labels_gives_zero_gradients_as_stock(batch, items):
+    labels = torch.full_like(batch["labels"], -100)
+    extra = {} if items is None else {"num_items_in_batch": items}
+    for each in (with_lora(tiny_llama()).train(), fasttune.patch(with_lora(tiny_llama()).train())):
+        each(**{**batch, "labels": labels}, **extra).loss.backward()
+        assert gradients(each)
+        assert all(not bool(gradient.any()) for gradient in gradients(each).values())
+
+
+def test_writes_under_no_grad_stay(model, batch):
+    logits = model(**batch).logits
+    with torch.no_grad():
+        logits[..., 7:] = -torch.inf
+        logits /= 2
+    assert int(logits.argmax(-1).max()) < 7
+    assert logits.materialize().requires_grad
+
+
+def test_reading_with_other_adapters_than_the_forward_raises(batch):
+    model = with_lora(tiny_llama(), target_modules=["q_proj", "lm_head"]).train()
+    fasttune.patch(model)
+    logits = model(**batch).logits
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="changed since"):
+        logits.materialize()
+    head = model.base_model.model.lm_head
+    head.set_scale("default", 3.0)
+    with pytest.raises(RuntimeError, match="changed since"):
+        logits.materialize()
+
+
+def test_reading_after_the_hidden_states_were_overwritten_raises(model, batch):
+    out = model(**batch, output_hidden_states=True)
+    with torch.no_grad():
+        out.logits.hidden.zero_()
+    with pytest.raises(RuntimeError, match="changed since"):
+        out.logits.materialize()
+
+
+def test_says_whether_it_needs_a_gradient(model, batch):
+    assert model(**batch).logits.requires_grad
+    with torch.no_grad():
+        assert not model(**batch).logits.requires_grad

@@ -140,6 +140,29 @@ def test_include_exclude_and_kinds(make_lora_model, batch):
     assert isinstance(model(**batch).logits, torch.Tensor)
 
 
+def test_a_narrower_patch_takes_back_what_falls_outside(make_lora_model, batch):
+    model = fasttune.patch(make_lora_model())
+    fasttune.patch(model, fused_loss=False)
+    assert isinstance(model(**batch).logits, torch.Tensor)
+    fasttune.patch(model, exclude="q_proj")
+    step(model, batch)
+    assert fasttune.report(model)["lora"].fused == 12
+    fasttune.patch(model, kinds={"lora"})
+    assert fasttune.report(model)["loss"].fused == 0
+
+
+def test_names_that_match_nothing_are_named(make_lora_model, caplog):
+    with caplog.at_level(logging.WARNING, "fasttune"):
+        fasttune.patch(make_lora_model(), exclude="q_projj")
+    assert "exclude: no module is named 'q_projj'" in caplog.text
+
+
+def test_a_misspelt_backend_shows_at_patch(make_lora_model, monkeypatch):
+    monkeypatch.setenv("FASTTUNE_BACKEND", "bogus")
+    with pytest.raises(ValueError, match="FASTTUNE_BACKEND"):
+        fasttune.patch(make_lora_model())
+
+
 def test_no_module(make_lora_model):
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
         fasttune.patch({})

@@ -128,3 +128,18 @@ def test_compare(model, batch):
     assert fasttune.is_patched(model)
     with pytest.raises(ValueError, match="pairs: expected at least 1, got 0"):
         fasttune.compare(model, batch, pairs=0)
+
+
+def test_a_batch_without_a_finite_loss_is_refused(model, batch):
+    labels = torch.full_like(batch["labels"], -100)
+    with pytest.raises(ValueError, match="stock loss is nan"):
+        fasttune.verify(model, {**batch, "labels": labels})
+
+
+def test_verify_under_no_grad_and_without_anything_to_train(model, batch):
+    with torch.no_grad():
+        assert fasttune.verify(model, batch).step
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="needs no gradient"):
+        fasttune.verify(model, batch)
