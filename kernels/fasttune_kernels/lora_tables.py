@@ -63,8 +63,13 @@ def _down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) ->
         return Tile(64, 64, 4, 4)
     if block_r == 128 and _is_b200(capability):
         return Tile(128, 32, 8, 4)
+    if capability >= 120 and arithmetic == "terms6" and block_r == 64 and dropout:
+        return Tile(32, 32, 4, 4)  # 64 rows spill 16 bytes there
     few_warps = block_r == (64 if arithmetic == "terms" else 32)
-    return Tile(64, 32, 4 if few_warps else 8, 4)
+    if few_warps:
+        return Tile(64, 32, 4, 4)
+    # An H100 holds one such program per multiprocessor: 20 KB in flight, 18 needed.
+    return Tile(64, 32, 8, 6 if capability == 90 else 4)
 
 
 @functools.cache
@@ -94,6 +99,8 @@ def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: b
             return Tile(32, 64, 4, 3)
         return Tile(16, 64, 4 if block_r == 64 else 8, 4)
     if block_r >= 64:
+        if capability == 90:  # as in `_down_tile`: 24 KB in flight
+            return Tile(32, 128, 8, 4)
         narrow = arithmetic == "terms6" and not (block_r == 128 and _is_b200(capability))
         return Tile(32, 64, 8, 4) if narrow else Tile(32, 128, 8, 3)
     return Tile(32, 128, 4, 4) if arithmetic == "terms6" and block_r == 32 else Tile(64, 128, 4, 3)

@@ -12,7 +12,7 @@ from fasttune.demo.model import add_lora, find_model, load_model, load_tokenizer
 from fasttune.demo.options import DemoError, DemoOptions
 
 pytestmark = pytest.mark.slow
-STEPS, BATCH = 50, 2
+STEPS, BATCH = 50, 4
 
 
 @pytest.fixture(scope="module")
