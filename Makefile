@@ -9,6 +9,8 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 # Two single-threaded pytest workers beat one with two threads; timing never runs this way.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+# The harness of the benchmarks; pytest-benchmark switches itself off under xdist.
+BENCH_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest bench -p no:xdist -q
 
 .PHONY: demo test test-all lint format bench clean
 
@@ -16,9 +18,11 @@ demo: $(VENV)/.ready
 	$(BIN)/fasttune demo $(DEMO_ARGS)
 
 test: lint $(VENV)/.ready
+	$(BENCH_TESTS)
 	$(PYTEST) -m "not slow"
 
 test-all: lint $(VENV)/.ready
+	$(BENCH_TESTS)
 	$(PYTEST)
 
 bench: $(VENV)/.ready

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import with_lora
+from tiny_models import with_lora
 from torch import nn
 
 import fasttune

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from conftest import tiny_llama, with_lora
+from tiny_models import tiny_llama, with_lora
 from torch.nn.modules import module as torch_module
 
 from fasttune import _torch

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import relative, tiny_llama, with_lora
+from tiny_models import relative, tiny_llama, with_lora
 from torch.utils.data import Dataset
 
 import fasttune

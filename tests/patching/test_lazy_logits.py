@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gradients, relative, tiny_llama, with_lora
+from tiny_models import gradients, relative, tiny_llama, with_lora
 from torch import Tensor, nn
 
 import fasttune

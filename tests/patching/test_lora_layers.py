@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from conftest import gradients, relative
 from peft import LoraConfig
+from tiny_models import gradients, relative
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -300,8 +300,8 @@ def test_double_backward_raises(make_lora_model):
 
 
 def test_save_load_merge_round_trip(make_lora_model, batch, tmp_path):
-    from conftest import tiny_llama
     from peft import PeftModel
+    from tiny_models import tiny_llama
 
     model = fasttune.patch(make_lora_model())
     model(**batch).loss.backward()
@@ -329,7 +329,7 @@ def test_save_load_merge_round_trip(make_lora_model, batch, tmp_path):
     ],
 )
 def test_the_original_path_runs_where_it_is_faster(rows, dropout, dtype, fused):
-    from conftest import with_lora
+    from tiny_models import with_lora
 
     base = nn.Sequential(nn.Linear(512, 512)).to(dtype)
     model = with_lora(base, target_modules=["0"], lora_dropout=dropout).train()

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import gradients, relative, tiny_llama, with_lora
+from tiny_models import gradients, relative, tiny_llama, with_lora
 from torch import nn
 
 import fasttune
