@@ -11,8 +11,12 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-KERNELS = ["csrc/cpu/lora_linear.cpp", "csrc/cpu/linear_cross_entropy.cpp", "csrc/cpu/table.cpp"]
 ONCE = ["csrc/cpu/isa.cpp", "csrc/bind_cpu.cpp"]
+KERNELS = sorted(
+    path
+    for path in (str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
+    if path not in ONCE
+)
 # Plain is the baseline of the platform; the others are picked at run time by csrc/cpu/isa.cpp.
 ISA_FLAGS: dict[str, list[str]] = {"plain": []}
 if platform.machine() in ("x86_64", "AMD64"):

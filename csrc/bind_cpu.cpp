@@ -36,6 +36,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa_name", &isa_name);
   m.def("isa_available", &isa_available);
   m.def("set_isa", &set_isa);
+  m.def("has_fast_bf16_dot", &has_fast_bf16_dot);
 
   m.def(
       "convert",

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fasttune import BackendError, _native
+from fasttune.ops import _gemm
 from fasttune.testing.cases import ALL
 from fasttune.testing.conformance import Case, backend, run_case
 
@@ -25,6 +26,20 @@ def test_reference_matches_truth(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in ALL if "cpu" in case.backends], ids=ids)
 def test_cpu_matches_truth(case: Case, build: str) -> None:
     run_case(case, build)
+
+
+@pytest.mark.parametrize("case", [case for case in ALL if "cpu" in case.backends], ids=ids)
+def test_cpu_matches_truth_with_the_other_kind_of_products(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This CPU's 16-bit products run in one way, another CPU's in the other: both are right."""
+    native = _gemm.through_fp32(torch.device("cpu"), torch.bfloat16)
+
+    def other(device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not native
+
+    monkeypatch.setattr(_gemm, "through_fp32", other)
+    run_case(case, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,15 @@ std::string isa_available() {
   return names;
 }
 
+bool has_fast_bf16_dot() {
+#if defined(FASTTUNE_X86_BUILDS)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void set_isa(const std::string& name) { current.store(find(name), std::memory_order_release); }
 
 }  // namespace fasttune::cpu

@@ -18,4 +18,8 @@ std::string isa_available();
 // here.
 void set_isa(const std::string& name);
 
+// True where bf16 matrix products of the vendor library (vdpbf16ps) are faster than fp32 ones without
+// AMX: AMD's Zen 4 and later do twice the multiply-adds a cycle, Intel's AVX-512 the same number.
+bool has_fast_bf16_dot();
+
 }  // namespace fasttune::cpu

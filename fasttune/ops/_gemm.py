@@ -1,7 +1,7 @@
 """Products with the base weight: the vendor's, in the precision that is fast and exact.
 
-On a CPU without AMX, bf16 and fp16 matrix products of the vendor library are slower than fp32 ones
-(docs/design.md has the measurement). There the operands are converted into fp32 buffers, block by
+On some CPUs bf16 and fp16 matrix products of the vendor library are slower than fp32 ones
+(docs/design.md has the measurements). There the operands are converted into fp32 buffers, block by
 block, multiplied in fp32 and rounded once: faster, and exacter than a 16-bit product.
 """
 
@@ -20,22 +20,39 @@ from fasttune import _native
 # copies of a 128k x 4096 head do not show in the peak memory.
 _BLOCK_BYTES = 4 << 20
 
+# Values of ONEDNN_MAX_CPU_ISA that leave oneDNN its AMX or its AVX-512 bf16 products.
+_AMX_LEVELS = (
+    *("", "DEFAULT", "ALL", "AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16"),
+    *("AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16"),
+)
+_BF16_LEVELS = (*_AMX_LEVELS, "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512")
+
+
+def _onednn_limit() -> str:
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+
 
 @lru_cache(maxsize=1)
 def cpu_has_amx() -> bool:
     """True if bf16 matrix products run on AMX tiles (and oneDNN was not told otherwise)."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    return torch.cpu._is_amx_tile_supported() and limit in ("", "DEFAULT", "ALL", *_AMX_LEVELS)
+    return torch.cpu._is_amx_tile_supported() and _onednn_limit() in _AMX_LEVELS
 
 
-_AMX_LEVELS = ("AVX512_CORE_AMX", "AVX512_CORE_AMX_FP16", "AVX10_1_512_AMX", "AVX10_1_512_AMX_FP16")
+@lru_cache(maxsize=1)
+def bf16_products_are_fast() -> bool:
+    """True if this CPU's bf16 matrix products are faster than its fp32 ones: AMX, or Zen 4 on."""
+    if cpu_has_amx():
+        return True
+    if _native.cpu_missing() is not None or _onednn_limit() not in _BF16_LEVELS:
+        return False
+    return bool(_native.cpu().has_fast_bf16_dot())
 
 
 def through_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """True if products in ``dtype`` on ``device`` are done in fp32 buffers."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    return not (dtype == torch.bfloat16 and cpu_has_amx())
+    return not (dtype == torch.bfloat16 and bf16_products_are_fast())
 
 
 def as_fp32(x: Tensor, name: str) -> Tensor:

@@ -1,0 +1,97 @@
+"""Loads the extension module fasttune._cpu, and what every primitive needs to call it."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import sys
+import threading
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _bind_openmp() -> None:
+    """Make torch's own OpenMP runtime visible to _cpu, which is linked without one."""
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split()[-1] for line in maps if "libgomp" in line}
+    path = next(iter(sorted(loaded)), None) or ctypes.util.find_library("gomp")
+    if path is None:
+        raise ImportError("fasttune._cpu needs libgomp, and torch has not loaded one")
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+@lru_cache(maxsize=1)
+def cpu() -> ModuleType:
+    """The extension module, loaded at the first use.
+
+    Raises:
+        ImportError: the extension was not built for this Python.
+    """
+    _bind_openmp()
+    from fasttune import _cpu
+
+    return _cpu
+
+
+@lru_cache(maxsize=1)
+def cpu_missing() -> str | None:
+    """Why the C++ kernels cannot be used, or None."""
+    try:
+        cpu()
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def scratch(name: str, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A reusable CPU buffer [rows, cols] of this thread; its content is lost at the next call.
+
+    Large temporaries from malloc cost a page fault per 4 KB each time; this one stays mapped.
+    """
+    flat = _scratch.buffers.get((name, dtype))
+    if flat is None or flat.numel() < rows * cols:
+        flat = torch.empty(rows * cols, dtype=dtype)
+        _scratch.buffers[name, dtype] = flat
+    return flat[: rows * cols].view(rows, cols)
+
+
+def free_scratch() -> None:
+    """Give this thread's scratch buffers back to the allocator."""
+    _scratch.buffers.clear()
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def matrix(x: Tensor, *, mutable: bool = False) -> Any:
+    if x.dim() != 2 or (x.numel() and x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"expected a matrix with unit column stride, got {x.shape}, {x.stride()}")
+    kind = cpu().MutableMatrix if mutable else cpu().Matrix
+    return kind(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPE_CODES[x.dtype])
+
+
+def fp32(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32).contiguous()
+
+
+def convert(src: Tensor, dst: Tensor) -> Tensor:
+    """dst [M, N] = src [M, N], rounded to nearest even; returns dst."""
+    cpu().convert(matrix(src), matrix(dst, mutable=True), threads())
+    return dst

@@ -1,0 +1,153 @@
+"""The products around a LoRA branch, in C++."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune._native._extension import cpu, fp32, matrix, threads
+
+MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
+LANES = 16  # kLanes of csrc/cpu/kernels.h
+
+
+def _dropout(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
+    bits = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
+    return cpu().Dropout(bits, threshold, branch, row_offset)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x [M, R] as fp32 with zero columns up to a multiple of LANES."""
+    rank = x.shape[1]
+    if rank % LANES == 0:
+        return fp32(x)
+    out = torch.zeros(x.shape[0], -(-rank // LANES) * LANES, dtype=torch.float32)
+    out[:, :rank] = x.detach()
+    return out
+
+
+def _scale(scale: float, scale_tensor: Tensor | None) -> float:
+    return scale if scale_tensor is None else scale * float(scale_tensor)
+
+
+def lora_down(
+    x: Tensor,  # [M, K]
+    a: Tensor,  # [R, K]
+    scale: float,
+    scale_tensor: Tensor | None,
+    *,
+    seed: Tensor | None,
+    threshold: int,
+    branch: int,
+    row_offset: int = 0,
+) -> Tensor:
+    """t [M, R] fp32 = scale (x * keep) A^T."""
+    rank = a.shape[0]
+    t = torch.empty(x.shape[0], rank, dtype=torch.float32)
+    panel = _padded(a.t())  # [K, padded R]
+    dropout = _dropout(seed, threshold, branch, row_offset)
+    factor = _scale(scale, scale_tensor)
+    cpu().lora_reduce(matrix(x), panel.data_ptr(), rank, factor, dropout, t.data_ptr(), threads())
+    return t
+
+
+def lora_up(
+    t: Tensor,  # [M, R] fp32
+    b: Tensor,  # [N, R]
+    bias: Tensor | None,  # [N]
+    *,
+    out_dtype: torch.dtype,
+    addend: Tensor | None = None,  # [M, N] fp32
+    out: Tensor | None = None,  # [M, N]
+) -> Tensor:
+    """y0 [M, N] = addend + bias + t B^T, rounded once; written into ``out`` if given. R may be
+    0.
+    """
+    if out is None:
+        out = torch.empty(t.shape[0], b.shape[0], dtype=out_dtype)
+    _expand(t, fp32(b.t()), bias, _dropout(None, 0, 0, 0), out, addend)
+    return out
+
+
+def lora_up_backward(
+    dy: Tensor,  # [M, N]
+    t: Tensor | None,  # [M, R] fp32
+    b: Tensor,  # [N, R]
+    scale: float,
+    scale_tensor: Tensor | None,
+    *,
+    need_d: bool,
+    need_db: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """d [M, R] fp32 = scale dy B, db [N, R] = dy^T t; None where not needed."""
+    d = db = None
+    incoming, none = matrix(dy), _dropout(None, 0, 0, 0)
+    rank = b.shape[1]
+    if need_d:
+        d = torch.empty(dy.shape[0], rank, dtype=torch.float32)
+        panel = _padded(b)
+        factor = _scale(scale, scale_tensor)
+        cpu().lora_reduce(incoming, panel.data_ptr(), rank, factor, none, d.data_ptr(), threads())
+    if need_db:
+        assert t is not None
+        db = torch.empty_like(b, memory_format=torch.contiguous_format)
+        padded = _padded(t)
+        cpu().lora_outer(
+            incoming, padded.data_ptr(), rank, none, matrix(db, mutable=True), False, threads()
+        )
+    return d, db
+
+
+def lora_down_backward(
+    d: Tensor,  # [M, R] fp32
+    a: Tensor,  # [R, K]
+    x: Tensor | None,  # [M, K]
+    *,
+    seed: Tensor | None,
+    threshold: int,
+    branch: int,
+    row_offset: int = 0,
+    dx_dtype: torch.dtype,
+    need_dx: bool,
+    need_da: bool,
+    addend: Tensor | None = None,  # [M, K] fp32
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx0 [M, K] = addend + keep * (d A), da [R, K] = d^T (x * keep); None where not needed."""
+    dx = da = None
+    dropout = _dropout(seed, threshold, branch, row_offset)
+    if need_dx:
+        dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype)
+        _expand(d, fp32(a), None, dropout, dx, addend)
+    if need_da:
+        assert x is not None
+        da = torch.empty_like(a, memory_format=torch.contiguous_format)
+        padded = _padded(d)
+        cpu().lora_outer(
+            matrix(x),
+            padded.data_ptr(),
+            a.shape[0],
+            dropout,
+            matrix(da, mutable=True),
+            True,
+            threads(),
+        )
+    return dx, da
+
+
+def _expand(
+    t: Tensor, panel: Tensor, bias: Tensor | None, dropout: Any, out: Tensor, addend: Tensor | None
+) -> None:
+    bias_fp32 = None if bias is None else fp32(bias)
+    cpu().lora_expand(
+        t.data_ptr(),
+        panel.data_ptr(),
+        t.shape[1],
+        0 if addend is None else addend.data_ptr(),
+        0 if addend is None else addend.stride(0),
+        0 if bias_fp32 is None else bias_fp32.data_ptr(),
+        dropout,
+        matrix(out, mutable=True),
+        threads(),
+    )
