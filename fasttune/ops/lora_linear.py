@@ -10,8 +10,9 @@ Maths, for projection i with branches j (an active adapter each), products accum
     dA_ij = d_ij^T (x * keep_ij),  dB_ij = dy_i^T t_ij,  dW_i = dy_i^T x
     dbias_i = sum_m dy_i,  dlora_bias_ij = s_ij dbias_i
 
-Saved for backward: x as it came (only if A or W trains), t and parameters. The dropout mask is
-drawn again from the seed (docs/design.md states the format).
+Saved for backward: x as it came (only if A or W trains, and not if its producer can rebuild it:
+_recipe.py), t and parameters. The dropout mask is drawn again from the seed (docs/design.md states
+the format).
 
 Precision: C is the compute dtype, the autocast dtype under autocast, else the dtype of x, which
 then must be that of W. y has dtype C, dx that of x, a parameter's gradient that of the parameter.
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _registry, _torch
-from fasttune.ops import _dropout, _lora_linear_reference
+from fasttune.ops import _dropout, _lora_linear_reference, _recipe
 from fasttune.ops._arguments import check_float, check_shape
 from fasttune.ops._lora_linear_backends import BACKWARD, FORWARD
 from fasttune.ops._lora_linear_products import Needs
@@ -82,6 +83,9 @@ class _Spec:
     compute_dtype: torch.dtype
 
 
+_INPUT = 0  # position of x among the tensor inputs of _LoraLinear
+
+
 class _LoraLinear(torch.autograd.Function):
     """x, seed and the tensors of _pack to the outputs of all projections."""
 
@@ -103,9 +107,12 @@ class _LoraLinear(torch.autograd.Function):
         needs = [need_x, *rest[: len(rest) - len(scaling_tensors)]]
         need = Needs.unpack(needs, len(weights), len(a))
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
-        # nothing.
+        # nothing, nor does an input that its producer can rebuild.
+        need_input = any(need.a) or any(need.w)
+        ctx.recipe = need_input and ctx.backend is not None and _recipe.available(x)
+        keep_input = need_input and not ctx.recipe
         ctx.save_for_backward(
-            x if any(need.a) or any(need.w) else None,
+            x if keep_input else None,
             seed,
             *(w if need_x or flag else None for w, flag in zip(weights, need.w, strict=True)),
             *a,
@@ -115,7 +122,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.saved_bytes = sum(t.numel() * t.element_size() for t in ts) if any(need.b) else 0
-        ctx.saved_bytes += x.numel() * x.element_size() if any(need.a) or any(need.w) else 0
+        ctx.saved_bytes += x.numel() * x.element_size() if keep_input else 0
         ctx.spec, ctx.needs, ctx.shape, ctx.x_dtype = spec, needs, x.shape, x.dtype
         ctx.widths = [w.shape[0] for w in weights]
         ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]
@@ -136,6 +143,8 @@ class _LoraLinear(torch.autograd.Function):
         if given is None:
             return nothing
         x, seed, *saved = ctx.saved_tensors
+        if ctx.recipe:
+            x = _recipe.rebuild(ctx, _INPUT)
         weights = list(saved[:n])
         a, b, ts, scaling_tensors = (list(saved[n + i * k : n + (i + 1) * k]) for i in range(4))
         rows = math.prod(ctx.shape[:-1])

@@ -18,10 +18,29 @@ from fasttune.ops.lora_policy import (
     too_few_rows,
 )
 from fasttune.patching import state, swap
+from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "lora"
 _TOO_FEW_ROWS = Reason(TOO_FEW_ROWS, expected=True)
+
+
+def patch_layers(session: Session) -> None:
+    """Swap every LoRA Linear of the model; the other PEFT layers are named in the report."""
+    for name, layer in peft.lora_layers(session.model):
+        if not session.chosen(name):
+            session.skip(KIND, name, EXCLUDED)
+        elif not peft.is_linear(swap.original_class(layer)):
+            title = swap.original_class(layer).__name__
+            session.skip(KIND, name, f"LoRA on {title} is not fused yet")
+        elif KIND in swap.kinds_of(layer):
+            state.of(layer, KIND).strict = session.strict
+        elif (reason := peft.static_reason(layer)) is not None:
+            session.skip(KIND, name, reason.text)
+        elif not session.refuse(KIND, name, layer):
+            session.swap(layer, name, KIND)
+    for name, layer in peft.other_tuner_layers(session.model):
+        session.skip(KIND, name, f"PEFT method {type(layer).__name__} is not fused yet")
 
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -23,10 +23,57 @@ from fasttune.ops.linear_cross_entropy import apply_head, check_targets
 from fasttune.ops.lora_policy import fast_backend_missing
 from fasttune.patching import state, swap
 from fasttune.patching.lazy_logits import LazyLogits, Snapshot, head_width
+from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "loss"
 HEAD = "head"
+
+
+def patch_models(session: Session) -> None:
+    """Swap every causal language model and its head, and install the fused loss function."""
+    for name, causal in transformers.models_with_head(session.model):
+        if KIND in swap.kinds_of(causal):
+            state.of(causal, KIND).strict = session.strict
+            _swap_head(causal, session)  # PEFT may have wrapped the head since
+        elif not session.chosen(name):
+            session.skip(KIND, name, EXCLUDED)
+        elif (owner := transformers.instance_forward_owner(causal)) is not None:
+            session.skip(
+                KIND, name, f"{owner} installed its own forward and stays in charge of the loss"
+            )
+        elif not transformers.is_causal_loss(transformers.loss_function(causal)):
+            session.skip(KIND, name, "the loss is not transformers' causal language-model loss")
+        elif (reason := why_head_original(transformers.head(causal))) is not None:
+            session.skip(KIND, name, reason.text)
+        else:
+            _swap_head(causal, session)
+            session.swap(causal, name, KIND)
+            _install_loss_function(causal, session)
+            causal.__dict__["_fasttune_adapters"] = peft.injected_adapters(causal)
+
+
+def _swap_head(causal: nn.Module, session: Session) -> None:
+    head = transformers.head(causal)
+    if HEAD in swap.kinds_of(head):
+        return
+    swap.swap(head, HEAD)
+    session.on_undo(lambda: swap.restore(head, HEAD))
+
+
+def _install_loss_function(causal: nn.Module, session: Session) -> None:
+    previous = transformers.own_loss_function(causal)
+    original = transformers.loss_function(causal)
+    fused = FusedCausalLMLoss(original, state.of(causal, KIND), previous)
+    transformers.set_loss_function(causal, fused)
+    session.on_undo(lambda: transformers.reset_loss_function(causal, previous))
+
+
+def uninstall_loss_function(causal: nn.Module) -> None:
+    """Undo what patching installed; a function that somebody else set since stays."""
+    current = transformers.own_loss_function(causal)
+    if isinstance(current, FusedCausalLMLoss):
+        transformers.reset_loss_function(causal, current.previous)
 
 
 class _Armed(threading.local):

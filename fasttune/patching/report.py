@@ -11,7 +11,14 @@ from torch import nn
 
 from fasttune.patching import engine, state
 
-_TITLES = {"lora": "LoRA layers", "loss": "causal LM loss"}
+_TITLES = {
+    "lora": "LoRA layers",
+    "loss": "causal LM loss",
+    "norm": "norms",
+    "mlp": "gated MLPs",
+    "activation": "activations",
+    "attention": "attention (rotary embedding)",
+}
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class KindReport:
     """Counts of one kind.
 
     Attributes:
-        kind: "lora" or "loss".
+        kind: "lora", "loss", "norm", "mlp", "activation" or "attention".
         fused: modules whose calls so far were fused.
         pending: patched modules that have not been called yet.
         original: modules, patched or not, that took the original path, by reason.
@@ -64,7 +71,7 @@ class LayerExplanation:
 
     Attributes:
         name: qualified name.
-        kind: "lora" or "loss".
+        kind: as in :class:`KindReport`.
         path: "fused", "original", "mixed", "pending", or "skipped" (never patched).
         backend: backend of the last fused call, "" before it.
         fused_calls: number of fused calls so far.
@@ -144,10 +151,9 @@ def explain(model: nn.Module) -> Explanation:
                     record.saved_bytes,
                 )
             )
-    for name, reason in engine.skipped_of(model).items():
-        kind = "loss" if name.endswith("(loss)") else "lora"
+    for (kind, name), reason in engine.skipped_of(model).items():
         layers.append(
-            LayerExplanation(name.removesuffix(" (loss)"), kind, "skipped", fallbacks={reason: 1})
+            LayerExplanation(name or type(model).__name__, kind, "skipped", fallbacks={reason: 1})
         )
     return Explanation(tuple(layers))
 

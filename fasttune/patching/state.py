@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed
 from torch import nn
@@ -26,7 +27,8 @@ class ModuleState:
 
     Attributes:
         name: qualified name at the time of patching.
-        kind: "lora" or "loss".
+        kind: what was swapped ("lora", "loss", "norm", ...).
+        plan: what the numeric proof found, for the forward of the kind.
         strict: raise PatchError at the first unexpected fallback.
         fused_calls: calls that took the fused path.
         fallbacks: calls that took the original path, by reason.
@@ -42,6 +44,7 @@ class ModuleState:
     unexpected: set[str] = field(default_factory=set)
     backend: str = ""
     saved_bytes: int = 0
+    plan: Any = None
 
     @property
     def path(self) -> str:
