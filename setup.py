@@ -25,6 +25,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
+    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 
 class BuildExt(build_ext):

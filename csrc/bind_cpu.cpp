@@ -1,7 +1,13 @@
 // The extension module fasttune._cpu: addresses, sizes and codes in, no logic. _native.py
 // validates.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "cpu/attention_plan.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -21,7 +27,6 @@ template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -32,11 +37,75 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](uint64_t seed, uint32_t threshold, uint32_t branch, uint64_t row_offset) {
         return Dropout{seed, threshold, branch, row_offset};
       }));
+  py::class_<NormVector>(m, "NormVector")
+      .def(py::init([](uintptr_t data, int dtype, float offset, uintptr_t buffer) {
+        return NormVector{pointer<const void>(data), static_cast<DType>(dtype), offset,
+                          pointer<float>(buffer)};
+      }));
+  py::class_<ColumnSums>(m, "ColumnSums")
+      .def(py::init([](uintptr_t out, uintptr_t partial, int64_t chunks) {
+        return ColumnSums{pointer<float>(out), pointer<float>(partial), chunks};
+      }));
+
+  // Fields in the order of kernels.h.
+  py::class_<Heads>(m, "Heads")
+      .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t row) {
+        return Heads{pointer<const void>(data), batch, head, row};
+      }));
+  py::class_<MutableHeads>(m, "MutableHeads")
+      .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t row) {
+        return MutableHeads{pointer<void>(data), batch, head, row};
+      }));
+  py::class_<AttentionMask>(m, "AttentionMask")
+      .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t row, int64_t key,
+                       int kind, int dtype) {
+        return AttentionMask{
+            pointer<const void>(data), batch, head, row, key, static_cast<MaskKind>(kind),
+            static_cast<DType>(dtype)};
+      }));
+  py::class_<AttentionShape>(m, "AttentionShape")
+      .def(py::init([](int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries,
+                       int64_t keys, int64_t width, int dtype, float scale, bool causal) {
+        return AttentionShape{
+            batch, heads, kv_heads, queries, keys, width, static_cast<DType>(dtype), scale, causal};
+      }));
+  m.def("attention_forward_scratch", &attention_forward_scratch);
+  m.def("attention_backward_scratch", &attention_backward_scratch);
+  py::class_<RopeOperand>(m, "RopeOperand")
+      .def(py::init([](uintptr_t x, uintptr_t y, int64_t heads, int64_t x_batch, int64_t x_head,
+                       int64_t x_position, int64_t y_batch, int64_t y_head, int64_t y_position,
+                       int dtype) {
+        return RopeOperand{pointer<const void>(x),
+                           pointer<void>(y),
+                           heads,
+                           x_batch,
+                           x_head,
+                           x_position,
+                           y_batch,
+                           y_head,
+                           y_position,
+                           static_cast<DType>(dtype)};
+      }));
+  py::class_<RopeTables>(m, "RopeTables")
+      .def(py::init([](uintptr_t cos, uintptr_t sin, int64_t cos_batch, int64_t cos_position,
+                       int64_t sin_batch, int64_t sin_position, int dtype) {
+        return RopeTables{pointer<const void>(cos),
+                          pointer<const void>(sin),
+                          cos_batch,
+                          cos_position,
+                          sin_batch,
+                          sin_position,
+                          static_cast<DType>(dtype)};
+      }));
 
   m.def("isa_name", &isa_name);
   m.def("isa_available", &isa_available);
   m.def("set_isa", &set_isa);
   m.def("has_fast_bf16_dot", &has_fast_bf16_dot);
+
+  m.attr("SUM_ROWS") = kSumRows;
+  m.attr("ACTIVATIONS") = py::tuple(py::cast(std::vector<std::string>(
+      std::begin(kActivationNames), std::end(kActivationNames))));  // by code
 
   m.def(
       "convert",
@@ -80,6 +149,109 @@ PYBIND11_MODULE(_cpu, m) {
                                      pointer<float>(entropy)};
         kernels().cross_entropy_rows(logits, pointer<const int64_t>(targets), options, outputs,
                                      threads);
+      },
+      release());
+  m.def(
+      "glu_forward",
+      [](const Matrix& gate, const Matrix& up, const MutableMatrix& y, int activation,
+         int threads) {
+        kernels().glu_forward(gate, up, y, static_cast<Activation>(activation), threads);
+      },
+      release());
+  m.def(
+      "glu_backward",
+      [](const Matrix& dy, const Matrix& gate, const Matrix& up, const MutableMatrix& dgate,
+         const MutableMatrix& dup, int activation, int threads) {
+        kernels().glu_backward(dy, gate, up, dgate, dup, static_cast<Activation>(activation),
+                               threads);
+      },
+      release());
+  m.def(
+      "bias_activation_forward",
+      [](const Matrix& x, uintptr_t bias, const MutableMatrix& y, int activation, int threads) {
+        kernels().bias_activation_forward(x, pointer<const float>(bias), y,
+                                          static_cast<Activation>(activation), threads);
+      },
+      release());
+  m.def(
+      "bias_activation_backward",
+      [](const Matrix& dy, const Matrix& x, uintptr_t bias, const MutableMatrix& dx, int activation,
+         int threads) {
+        kernels().bias_activation_backward(dy, x, pointer<const float>(bias), dx,
+                                           static_cast<Activation>(activation), threads);
+      },
+      release());
+  m.def(
+      "column_sum",
+      [](const Matrix& x, uintptr_t partial, uintptr_t out, int threads) {
+        kernels().column_sum(x, pointer<float>(partial), pointer<float>(out), threads);
+      },
+      release());
+  m.def(
+      "attention_forward",
+      [](const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
+         const AttentionMask& mask, const MutableHeads& out, uintptr_t row_maximum,
+         uintptr_t row_sum, uintptr_t scratch, int threads) {
+        kernels().attention_forward({shape, q, k, v, mask}, out, pointer<float>(row_maximum),
+                                    pointer<float>(row_sum), pointer<float>(scratch), threads);
+      },
+      release());
+  m.def(
+      "attention_backward",
+      [](const AttentionShape& shape, const Heads& q, const Heads& k, const Heads& v,
+         const AttentionMask& mask, const Heads& out, const Heads& dout, uintptr_t row_maximum,
+         uintptr_t row_sum, const MutableHeads& dq, const MutableHeads& dk, const MutableHeads& dv,
+         uintptr_t scratch, int threads) {
+        kernels().attention_backward(
+            {shape, q, k, v, mask},
+            {out, dout, pointer<const float>(row_maximum), pointer<const float>(row_sum)},
+            {dq, dk, dv}, pointer<float>(scratch), threads);
+      },
+      release());
+  m.def(
+      "rope",
+      [](const std::vector<RopeOperand>& operands, const RopeTables& tables, int64_t batch,
+         int64_t positions, int64_t features, int64_t rotary, bool interleaved, bool transposed,
+         int threads) {
+        const RopeShape shape{batch, positions, features, rotary, interleaved, transposed};
+        kernels().rope(operands.data(), static_cast<int64_t>(operands.size()), tables, shape,
+                       threads);
+      },
+      release());
+  m.def(
+      "rms_norm_forward",
+      [](const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
+         const NormVector& weight, float eps, bool round_first, const MutableMatrix& y,
+         uintptr_t rstd, int threads) {
+        kernels().rms_norm_forward(x, residual, sum, weight, eps, round_first, y,
+                                   pointer<float>(rstd), threads);
+      },
+      release());
+  m.def(
+      "rms_norm_backward",
+      [](const Matrix& dy, const Matrix& x, const NormVector& weight, uintptr_t rstd,
+         const Matrix* addend, const MutableMatrix* dx, const ColumnSums& dweight, int threads) {
+        kernels().rms_norm_backward(dy, x, weight, pointer<const float>(rstd), addend, dx, dweight,
+                                    threads);
+      },
+      release());
+  m.def(
+      "layer_norm_forward",
+      [](const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
+         const NormVector& weight, const NormVector& bias, float eps, const MutableMatrix& y,
+         uintptr_t mean, uintptr_t rstd, int threads) {
+        kernels().layer_norm_forward(x, residual, sum, weight, bias, eps, y, pointer<float>(mean),
+                                     pointer<float>(rstd), threads);
+      },
+      release());
+  m.def(
+      "layer_norm_backward",
+      [](const Matrix& dy, const Matrix& x, const NormVector& weight, uintptr_t mean,
+         uintptr_t rstd, const Matrix* addend, const MutableMatrix* dx, const ColumnSums& dweight,
+         const ColumnSums& dbias, int threads) {
+        kernels().layer_norm_backward(dy, x, weight, pointer<const float>(mean),
+                                      pointer<const float>(rstd), addend, dx, dweight, dbias,
+                                      threads);
       },
       release());
 }

@@ -44,6 +44,11 @@ def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     return all(t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors)
 
 
+def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
+    """True if every tensor is a plain Tensor or Parameter, with or without storage."""
+    return all(t is None or type(t) in _PLAIN_TYPES for t in tensors)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The autocast dtype in force for ``device_type``, or None outside autocast."""
     if not torch.amp.is_autocast_available(device_type):

@@ -65,7 +65,7 @@ def test_gpu_matches_truth(case: Case) -> None:
 @pytest.mark.parametrize("case", [c for c in ALL if c.backends == ("reference",)], ids=ids)
 def test_unsupported_arguments_give_a_reason(case: Case, name: str) -> None:
     call = case.build("cpu")
-    with backend(name), pytest.raises(BackendError, match="float64"):
+    with backend(name), pytest.raises(BackendError, match=r"float64|not implemented"):
         call.fused(*call.leaves)
 
 

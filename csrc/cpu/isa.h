@@ -1,4 +1,5 @@
-// Run-time choice between the builds of the kernels for AVX-512, AVX2 and plain C++.
+// Run-time choice between the builds of the kernels for AVX-512 (with bf16 or without), AVX2 and
+// plain C++.
 #pragma once
 
 #include <string>
@@ -8,7 +9,7 @@
 namespace fasttune::cpu {
 
 // The table in use. The first call picks the widest build that the CPU runs; FASTTUNE_CPU_ISA
-// (avx512, avx2, plain) forces one and throws std::runtime_error if it cannot run here.
+// (avx512bf16, avx512, avx2, plain) forces one and throws std::runtime_error if it cannot run here.
 const Kernels& kernels();
 
 // Name of the build in use, and all that this CPU can run, widest first, separated by commas.
@@ -18,8 +19,9 @@ std::string isa_available();
 // here.
 void set_isa(const std::string& name);
 
-// True where bf16 matrix products of the vendor library (vdpbf16ps) are faster than fp32 ones without
-// AMX: AMD's Zen 4 and later do twice the multiply-adds a cycle, Intel's AVX-512 the same number.
+// True where bf16 matrix products of the vendor library (vdpbf16ps) are faster than fp32 ones
+// without AMX: AMD's Zen 4 and later do twice the multiply-adds a cycle, Intel's AVX-512 the same
+// number.
 bool has_fast_bf16_dot();
 
 }  // namespace fasttune::cpu

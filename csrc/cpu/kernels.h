@@ -1,11 +1,13 @@
 // Every CPU kernel, as a table of functions: each build (AVX-512, AVX2, plain) fills one.
 //
-// Legend: M rows (tokens), K input features, N output features, R rank, V vocabulary.
-// Strides are in elements; the last dimension always has stride 1. `threads` is an upper bound.
+// Legend: M rows (tokens), K input features, N output features, R rank, V vocabulary, H features
+// that a norm spans; in rope B batch, S positions, D features of a head, of which R rotate. Strides
+// are in elements; the last dimension always has stride 1. `threads` is an upper bound.
 #pragma once
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/philox.h"
 
@@ -45,6 +47,93 @@ struct RowLossOutputs {
   float* entropy;  // [C] or null
 };
 
+// [batch, heads, positions, width] with unit stride in width; no data where absent.
+struct Heads {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+struct MutableHeads {
+  void* data;
+  int64_t batch_stride, head_stride, row_stride;
+};
+
+enum class MaskKind : int { kNone = 0, kBool = 1, kAdditive = 2 };
+
+// [batch, heads, queries, keys] with any strides, zero where it is broadcast. kBool: one byte each,
+// nonzero to attend.
+struct AttentionMask {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride, key_stride;
+  MaskKind kind;
+  DType dtype;  // of an additive mask
+};
+
+// Query head h reads kv head h / (heads / kv_heads). causal: query i sees the keys 0 ... i.
+struct AttentionShape {
+  int64_t batch, heads, kv_heads, queries, keys, width;
+  DType dtype;  // of q, k, v, their gradients, and the output
+  float scale;
+  bool causal;
+};
+
+struct AttentionInputs {
+  AttentionShape shape;
+  Heads q, k, v;
+  AttentionMask mask;
+};
+
+// What the forward left, and the gradient of its output.
+struct AttentionResults {
+  Heads out, dout;
+  const float* row_maximum;  // [batch, heads, queries]
+  const float* row_sum;
+};
+
+struct AttentionGradients {
+  MutableHeads dq, dk, dv;
+};
+
+// One tensor [B, heads, S, D] to rotate: x is read, y is written; they do not overlap.
+struct RopeOperand {
+  const void* x;
+  void* y;
+  int64_t heads;
+  int64_t x_batch, x_head, x_position;  // strides
+  int64_t y_batch, y_head, y_position;
+  DType dtype;
+};
+
+// cos and sin [B, S, R]; a batch stride of 0 shares one row of them.
+struct RopeTables {
+  const void* cos;
+  const void* sin;
+  int64_t cos_batch, cos_position, sin_batch, sin_position;  // strides
+  DType dtype;
+};
+
+struct RopeShape {
+  int64_t batch, positions, features, rotary;  // B, S, D, R
+  bool interleaved;                            // pairs (2i, 2i + 1) instead of (i, i + R / 2)
+  bool transposed;                             // the backward
+};
+
+// The scale of a norm, offset + weight (1 where data is null), or its bias (0).
+struct NormVector {
+  const void* data;  // [H] or null
+  DType dtype;
+  float offset;
+  float* buffer;  // [H], where the fp32 values go
+};
+
+// A sum over the rows in fixed order: each of `chunks` equal parts of the rows into a row of
+// `partial`, then these one after the other.
+struct ColumnSums {
+  float* out;      // [H], null: not wanted
+  float* partial;  // [chunks, H], overwritten
+  int64_t chunks;  // how the rows are shared out, also where no sum is wanted
+};
+
 struct Kernels {
   const char* isa;
 
@@ -68,11 +157,73 @@ struct Kernels {
   void (*cross_entropy_rows)(const MutableMatrix& logits, const int64_t* targets,
                              const RowLossOptions& options, const RowLossOutputs& outputs,
                              int threads);
+
+  // y [M, I] = act(gate) * up. Operands of one dtype are the fast case.
+  void (*glu_forward)(const Matrix& gate, const Matrix& up, const MutableMatrix& y,
+                      Activation activation, int threads);
+
+  // dgate [M, I] = dy * up * act'(gate), dup [M, I] = dy * act(gate); one with null data is not
+  // written.
+  void (*glu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up,
+                       const MutableMatrix& dgate, const MutableMatrix& dup, Activation activation,
+                       int threads);
+
+  // y [M, N] = act(x + bias), with bias [N] fp32 or null.
+  void (*bias_activation_forward)(const Matrix& x, const float* bias, const MutableMatrix& y,
+                                  Activation activation, int threads);
+
+  // dx [M, N] = dy * act'(x + bias).
+  void (*bias_activation_backward)(const Matrix& dy, const Matrix& x, const float* bias,
+                                   const MutableMatrix& dx, Activation activation, int threads);
+
+  // out [N] fp32 = the sum of the rows of x [M, N]; partial is fp32 [ceil(M / kSumRows), N].
+  void (*column_sum)(const Matrix& x, float* partial, float* out, int threads);
+
+  // out = softmax(q k^T scale + mask) v, and of each row the maximum and the sum of the
+  // exponentials of score - maximum, [batch, heads, queries]. A row that may attend to nothing:
+  // all 0. scratch: attention_forward_scratch(shape, threads) floats, aligned to 64 bytes.
+  void (*attention_forward)(const AttentionInputs& inputs, const MutableHeads& out,
+                            float* row_maximum, float* row_sum, float* scratch, int threads);
+
+  // The gradients whose data is not null. scratch: attention_backward_scratch(shape, threads).
+  void (*attention_backward)(const AttentionInputs& inputs, const AttentionResults& results,
+                             const AttentionGradients& gradients, float* scratch, int threads);
+
+  // Rotates the first R features of every row of the operands and copies the others.
+  void (*rope)(const RopeOperand* operands, int64_t count, const RopeTables& tables,
+               const RopeShape& shape, int threads);
+
+  // y [M, H] = n scale with n = x rstd, rstd [M] = 1 / sqrt(mean(x^2) + eps); round_first rounds n
+  // to the dtype of x. With a residual, sum = x + residual in the dtype of x takes the place of x.
+  void (*rms_norm_forward)(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
+                           const NormVector& weight, float eps, bool round_first,
+                           const MutableMatrix& y, float* rstd, int threads);
+
+  // With g = dy scale: dx [M, H] = rstd (g - n mean(g n)) + addend, dweight [H] = sum_m dy n.
+  // addend, in the dtype of x, and dx may be null.
+  void (*rms_norm_backward)(const Matrix& dy, const Matrix& x, const NormVector& weight,
+                            const float* rstd, const Matrix* addend, const MutableMatrix* dx,
+                            const ColumnSums& dweight, int threads);
+
+  // y [M, H] = n scale + bias with n = (x - mean) rstd, rstd [M] = 1 / sqrt(var(x) + eps).
+  void (*layer_norm_forward)(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
+                             const NormVector& weight, const NormVector& bias, float eps,
+                             const MutableMatrix& y, float* mean, float* rstd, int threads);
+
+  // dx [M, H] = rstd (g - mean(g) - n mean(g n)) + addend, dweight as above, dbias [H] = sum_m dy.
+  void (*layer_norm_backward)(const Matrix& dy, const Matrix& x, const NormVector& weight,
+                              const float* mean, const float* rstd, const Matrix* addend,
+                              const MutableMatrix* dx, const ColumnSums& dweight,
+                              const ColumnSums& dbias, int threads);
 };
 
-constexpr int64_t kLanes = 16;  // fp32 values in a vector of every build
+constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds
+constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 
+namespace avx512bf16 {  // AVX-512 with the dot product of bf16 pairs
+const Kernels& table();
+}
 namespace avx512 {
 const Kernels& table();
 }

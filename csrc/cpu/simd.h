@@ -26,6 +26,20 @@ typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 
+// What one register holds, the same as vf with AVX-512. GCC keeps wider vectors in memory, so loops
+// that live on registers are written in these.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+constexpr int kParts = 64 / kRegisterBytes;  // of a vf
+constexpr int64_t kRegisterLanes = kLanes / kParts;
+typedef float vr __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t vri __attribute__((vector_size(kRegisterBytes)));
+
 inline vf splat(float value) { return value - (vf){}; }
 inline vu splat(uint32_t value) { return value - (vu){}; }
 
@@ -42,7 +56,27 @@ inline vu as_bits(vf v) { return (vu)v; }
 inline vf select(vi condition, vf yes, vf no) {
   return (vf)((condition & (vi)yes) | (~condition & (vi)no));
 }
-inline vf max(vf a, vf b) { return select(a > b, a, b); }
+inline vr load_vr(const float* p) {
+  vr v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vr splat_vr(float value) { return value - vr{}; }
+#if !defined(__AVX512F__)
+inline void store(float* p, vr v) { std::memcpy(p, &v, sizeof v); }
+inline vr select(vri condition, vr yes, vr no) {
+  return (vr)((condition & (vri)yes) | (~condition & (vri)no));
+}
+inline vr max(vr a, vr b) { return a > b ? a : b; }
+#endif
+
+inline vf max(vf a, vf b) {  // b if one is NaN
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 
 inline float sum(vf v) {
   float total = 0;
@@ -54,6 +88,30 @@ inline float max(vf v) {
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
 }
+
+// The same by halves: four steps instead of fifteen, another order.
+#if defined(__AVX512F__)
+inline float fold_sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float fold_max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+template <typename V, typename Combine>
+inline float fold(V v, Combine&& combine) {
+  constexpr int kCount = sizeof(V) / sizeof(float);
+  float lanes[kCount];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int half = kCount / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+template <typename V>
+inline float fold_sum(V v) {
+  return fold(v, [](float a, float b) { return a + b; });
+}
+template <typename V>
+inline float fold_max(V v) {
+  return fold(v, [](float a, float b) { return a > b ? a : b; });
+}
+#endif
 
 // fp16 <-> fp32, exact one way and rounded to nearest even the other.
 inline float half_to_float(uint16_t h) {
@@ -107,13 +165,22 @@ struct Element<DType::kBFloat16> {
   static vf load(const uint16_t* p) {
     vh v;
     std::memcpy(&v, p, sizeof v);
+#if defined(__AVX512F__)  // GCC splits the conversion into halves
+    return as_float((vu)_mm512_cvtepu16_epi32((__m256i)v) << 16);
+#else
     return as_float(__builtin_convertvector(v, vu) << 16);
+#endif
   }
   static void store(uint16_t* p, vf v) {
     vu bits = as_bits(v);
     bits += 0x7fffu + ((bits >> 16) & 1u);
+#if defined(__AVX512F__)
+    bits = v == v ? bits : splat(0x7fc00000u);
+    const vh half = (vh)_mm512_cvtepi32_epi16((__m512i)(bits >> 16));
+#else
     bits = (vu)select(v == v, as_float(bits), as_float(splat(0x7fc00000u)));
     const vh half = __builtin_convertvector(bits >> 16, vh);
+#endif
     std::memcpy(p, &half, sizeof half);
   }
   static float load_one(const uint16_t* p) {

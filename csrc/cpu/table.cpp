@@ -1,6 +1,12 @@
 // The table of one build; compiled once per instruction set.
+#include "attention.h"
+#include "bias_activation.h"
+#include "glu.h"
+#include "layer_norm.h"
 #include "linear_cross_entropy.h"
 #include "lora_linear.h"
+#include "rms_norm.h"
+#include "rope.h"
 #include "simd.h"
 
 namespace fasttune::cpu::FASTTUNE_ISA {
@@ -11,7 +17,19 @@ const Kernels& table() {
                                lora_reduce,
                                lora_outer,
                                lora_expand,
-                               cross_entropy_rows};
+                               cross_entropy_rows,
+                               glu_forward,
+                               glu_backward,
+                               bias_activation_forward,
+                               bias_activation_backward,
+                               column_sum,
+                               attention_forward,
+                               attention_backward,
+                               rope,
+                               rms_norm_forward,
+                               rms_norm_backward,
+                               layer_norm_forward,
+                               layer_norm_backward};
   return kernels;
 }
 

@@ -12,6 +12,18 @@ from fasttune._native._extension import (
     free_scratch,
     scratch,
 )
+from fasttune._native.attention import MAX_WIDTH, attention_backward, attention_forward
+from fasttune._native.bias_activation import (
+    bias_activation_backward,
+    bias_activation_forward,
+    column_sum,
+)
+from fasttune._native.glu import glu_backward, glu_forward
+from fasttune._native.layer_norm import (
+    add_layer_norm_forward,
+    layer_norm_backward,
+    layer_norm_forward,
+)
 from fasttune._native.linear_cross_entropy import cross_entropy_rows_
 from fasttune._native.lora_linear import (
     MAX_RANK,
@@ -20,17 +32,35 @@ from fasttune._native.lora_linear import (
     lora_up,
     lora_up_backward,
 )
+from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+from fasttune._native.rope import rope_backward, rope_forward
 
 __all__ = [
     "MAX_RANK",
+    "MAX_WIDTH",
+    "add_layer_norm_forward",
+    "add_rms_norm_forward",
+    "attention_backward",
+    "attention_forward",
+    "bias_activation_backward",
+    "bias_activation_forward",
+    "column_sum",
     "convert",
     "cpu",
     "cpu_missing",
     "cross_entropy_rows_",
     "free_scratch",
+    "glu_backward",
+    "glu_forward",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "lora_down",
     "lora_down_backward",
     "lora_up",
     "lora_up_backward",
+    "rms_norm_backward",
+    "rms_norm_forward",
+    "rope_backward",
+    "rope_forward",
     "scratch",
 ]

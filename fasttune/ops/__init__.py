@@ -2,15 +2,29 @@
 backend."""
 
 from fasttune.ops._row_loss import CrossEntropy
+from fasttune.ops.attention import attention
+from fasttune.ops.bias_activation import bias_activation
+from fasttune.ops.glu import glu
+from fasttune.ops.layer_norm import add_layer_norm, layer_norm
 from fasttune.ops.linear_cross_entropy import TokenStats, linear_cross_entropy
 from fasttune.ops.lora_linear import LoraBranch, LoraProjection, lora_linear, lora_linear_group
+from fasttune.ops.rms_norm import add_rms_norm, rms_norm
+from fasttune.ops.rope import rope
 
 __all__ = [
     "CrossEntropy",
     "LoraBranch",
     "LoraProjection",
     "TokenStats",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "bias_activation",
+    "glu",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
+    "rms_norm",
+    "rope",
 ]

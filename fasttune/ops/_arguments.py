@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,34 @@ def check_float(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64, got {tensor.dtype}")
 
 
+def rows_first(x: Tensor, rows: int, width: int) -> Tensor:
+    """x as [rows, width] with unit column stride; a transposed or expanded one is copied."""
+    if x.dim() != 2:
+        x = x.reshape(rows, width)
+    return x if width == 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def output_shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y, the contiguous output of a Function, in ``shape``.
+
+    No view: ``y *= s`` on an output must work, and autograd forbids it on a view that was made in
+    a Function.
+    """
+    if y.shape == torch.Size(shape):
+        return y
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
+    return shaped
+
+
 def check_shape(
-    name: str, tensor: Any, shape: tuple[int | None, ...], device: torch.device
+    name: str,
+    tensor: Any,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    *,
+    like: str = "x",
 ) -> None:
+    """Raises unless ``tensor`` is a float tensor of ``shape`` on ``device``, that of ``like``."""
     check_float(name, tensor)
     fits = tensor.dim() == len(shape) and all(
         want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
@@ -34,4 +60,4 @@ def check_shape(
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
     if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} as x, got {tensor.device}")
+        raise ValueError(f"{name}: expected device {device} as {like}, got {tensor.device}")

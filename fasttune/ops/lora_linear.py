@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fasttune import _registry, _torch
 from fasttune.ops import _dropout, _lora_linear_reference, _recipe
-from fasttune.ops._arguments import check_float, check_shape
+from fasttune.ops._arguments import check_float, check_shape, rows_first
 from fasttune.ops._lora_linear_backends import BACKWARD, FORWARD
 from fasttune.ops._lora_linear_products import Needs
 
@@ -92,7 +92,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: _Spec, x: Tensor, seed: Tensor | None, *flat: Any) -> Any:
         weights, biases, a, b, lora_biases, scaling_tensors = _unpack(spec, flat)
-        rows = _rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
+        rows = rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
         args = (
             rows, weights, biases, a, b, lora_biases, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, spec.compute_dtype,
@@ -109,7 +109,7 @@ class _LoraLinear(torch.autograd.Function):
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
         # nothing, nor does an input that its producer can rebuild.
         need_input = any(need.a) or any(need.w)
-        ctx.recipe = need_input and ctx.backend is not None and _recipe.available(x)
+        ctx.recipe = need_input and not torch.compiler.is_compiling() and _recipe.available(x)
         keep_input = need_input and not ctx.recipe
         ctx.save_for_backward(
             x if keep_input else None,
@@ -150,10 +150,10 @@ class _LoraLinear(torch.autograd.Function):
         rows = math.prod(ctx.shape[:-1])
         args = (
             [
-                given.new_zeros(rows, width) if dy is None else _rows_first(dy, rows, width)
+                given.new_zeros(rows, width) if dy is None else rows_first(dy, rows, width)
                 for dy, width in zip(dys, ctx.widths, strict=True)
             ],
-            None if x is None else _rows_first(x, rows, ctx.shape[-1]),
+            None if x is None else rows_first(x, rows, ctx.shape[-1]),
             weights, a, b, ts, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, ctx.x_dtype,
             ctx.needs,
@@ -173,12 +173,6 @@ class _LoraLinear(torch.autograd.Function):
             for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)
         ]
         return None, dx, None, *dws, *dbiases, *das, *dbs, *dlora_biases, *(None,) * k
-
-
-def _rows_first(x: Tensor, rows: int, width: int) -> Tensor:
-    """x as [rows, width] with unit column stride; a transposed or expanded one is copied."""
-    x = x.reshape(rows, width)
-    return x if width == 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:

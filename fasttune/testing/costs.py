@@ -14,6 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from fasttune.ops._chunked_head import chunk_rows
+from fasttune.testing import (  # noqa: F401  each registers its own
+    costs_activations,
+    costs_attention,
+    costs_norms,
+    costs_rope,
+)
 from fasttune.testing.accounting import Launch, register_cost
 
 _FP32_BYTES = 4
@@ -36,6 +42,14 @@ def _second_pass(name: str, out: Tensor | int, splits: int) -> list[Launch]:
         return []
     partial = splits * elements * _FP32_BYTES
     return [Launch(f"fasttune::{name}.second_pass", partial, written + partial)]
+
+
+def _one_launch(parts: list[Launch]) -> list[Launch]:
+    """Launches of one name as one."""
+    if not parts:
+        return []
+    read, written = (sum(getattr(p, f"bytes_{way}") for p in parts) for way in ("read", "written"))
+    return [Launch(parts[0].name, read, written)]
 
 
 def _owners(counts: Sequence[int]) -> list[int]:
@@ -78,8 +92,9 @@ def _backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> 
         if need_d and need_b[j] and rank <= _PAIR_MAX_RANK:
             launches.append(Launch("fasttune::lora_up_backward", _bytes(dy, b[j]) + d_bytes, 0))
             columns = -(-dy.shape[1] // _PAIR_COLUMNS)
-            launches += _second_pass("lora_up_backward.d", rows * rank, columns)
-            launches += _second_pass("lora_up_backward.db", b[j], -(-rows // _PAIR_ROWS))
+            seconds = _second_pass("lora_up_backward", rows * rank, columns)
+            seconds += _second_pass("lora_up_backward", b[j], -(-rows // _PAIR_ROWS))
+            launches += _one_launch(seconds)  # both sums together
         else:
             if need_d:
                 launches.append(Launch("fasttune::lora_up_backward.d", _bytes(dy, b[j]), d_bytes))

@@ -10,34 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import tanh
 from .tables import MAX_REGISTERS, launch_device, next_power_of_2
 
 # A finite start for running maxima: the difference to any logit is finite or +-inf, never NaN, so a
 # logit of -inf (a masked vocabulary entry) needs no special case. Below it nothing is representable
 # as a probability next to an ordinary logit.
 _LOWEST = tl.constexpr(-1.0e38)
-
-
-@triton.jit
-def _tanh(u):
-    """tanh to a few units in the last place, without libdevice (which has no interpreter).
-
-    Above 0.5 the exponential formula loses at most 2 bits; below it the Taylor series to u^15
-    leaves a relative error of 0.0006 * 0.5^16 = 1e-8, where the formula would cancel.
-    """
-    size = tl.abs(u)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
-    large = tl.where(u < 0, -large, large)
-    s = u * u
-    p = -929569.0 / 638512875.0
-    p = p * s + 21844.0 / 6081075.0
-    p = p * s - 1382.0 / 155925.0
-    p = p * s + 62.0 / 2835.0
-    p = p * s - 17.0 / 315.0
-    p = p * s + 2.0 / 15.0
-    p = p * s - 1.0 / 3.0
-    small = u + u * s * p
-    return tl.where(size < 0.5, small, large)
 
 
 # Floor per row: read V logits for the statistics and, with the gradient, read them again and write
@@ -86,7 +65,7 @@ def _cross_entropy_rows_kernel(
         # Read before the second sweep overwrites it; the reductions in between are barriers.
         z_target = logit_scale * tl.load(row_ptr + target).to(tl.float32)
         if HAS_SOFTCAP:
-            z_target = softcap * _tanh(z_target / softcap)
+            z_target = softcap * tanh(z_target / softcap)
 
         top = tl.full((BLOCK_V,), _LOWEST, dtype=tl.float32)
         total = tl.zeros((BLOCK_V,), dtype=tl.float32)  # sum of exp(z - top)
@@ -99,7 +78,7 @@ def _cross_entropy_rows_kernel(
             z0 = tl.load(row_ptr + v, mask=inside, other=float("-inf")).to(tl.float32)
             z = logit_scale * z0
             if HAS_SOFTCAP:
-                z = softcap * _tanh(z / softcap)
+                z = softcap * tanh(z / softcap)
             z = tl.where(inside, z, float("-inf"))
             difference = z - top
             decay = tl.exp(-tl.abs(difference))
@@ -142,7 +121,7 @@ def _cross_entropy_rows_kernel(
                 z = logit_scale * z0
                 chain = logit_scale
                 if HAS_SOFTCAP:
-                    bent = _tanh(z / softcap)
+                    bent = tanh(z / softcap)
                     z = softcap * bent
                     chain = logit_scale * (1.0 - bent * bent)
                 dz = slope * tl.exp(z - lse)

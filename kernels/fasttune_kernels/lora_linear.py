@@ -31,6 +31,7 @@ from .lora_tables import (
     up_tile,
     weight_grad_tile,
 )
+from .partials import sum_partials, sum_two_partials
 from .philox import keep_mask, load_philox_key
 from .tables import MAX_REGISTERS, Tile, divide_up, gpu_of, launch_device, next_power_of_2
 
@@ -378,48 +379,6 @@ def _lora_up_backward_kernel(
     tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
 
 
-# Floor: read 4 * splits * numel, write numel. The order of addition is fixed: split 0, 1, 2, ...
-@triton.jit(do_not_specialize=["splits"])
-def _sum_partials_kernel(
-    partial_ptr,  # [splits, numel] fp32
-    out_ptr,  # [numel]
-    scale,
-    scale_ptr,  # 0-d or None
-    numel,
-    splits,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < numel
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in range(splits):
-        acc += tl.load(partial_ptr + i, mask=inside, other=0.0)
-        partial_ptr += numel
-    if scale_ptr is not None:
-        scale = scale * tl.load(scale_ptr).to(tl.float32)
-    tl.store(out_ptr + i, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def _sum_partials(
-    partial: Tensor,  # [splits, ...] fp32
-    out: Tensor,  # [...]
-    scale: float = 1.0,
-    scale_tensor: Tensor | None = None,
-) -> None:
-    block = 512  # 16 bytes per thread
-    _sum_partials_kernel[(divide_up(out.numel(), block),)](
-        partial,
-        out,
-        scale,
-        scale_tensor,
-        out.numel(),
-        partial.shape[0],
-        BLOCK=block,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-
-
 def _block_r(rank: int) -> int:
     # 16 is the least a tensor-core product accepts on every axis.
     return min(max(next_power_of_2(rank), 16), MAX_BLOCK_R)
@@ -480,7 +439,7 @@ def _down(
             enable_fp_fusion=True,
         )
         if splits > 1:
-            _sum_partials(out, t, scale, scale_tensor)
+            sum_partials(out, t, scale, scale_tensor)
     return t
 
 
@@ -584,7 +543,7 @@ def _weight_grad(
             enable_fp_fusion=True,
         )
         if splits > 1:
-            _sum_partials(partial, out)
+            sum_partials(partial, out)
 
 
 def _up_backward_pair(
@@ -632,10 +591,12 @@ def _up_backward_pair(
             maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
-        if column_blocks > 1:
-            _sum_partials(d_out, d, scale, scale_tensor)
-        if row_blocks > 1:
-            _sum_partials(db_out, db)
+        if column_blocks > 1 and row_blocks > 1:
+            sum_two_partials((d_out, d), (db_out, db), scale, scale_tensor)
+        elif column_blocks > 1:
+            sum_partials(d_out, d, scale, scale_tensor)
+        elif row_blocks > 1:
+            sum_partials(db_out, db)
     return d, db
 
 

@@ -1,8 +1,27 @@
 """Conformance cases, one file an op."""
 
-from fasttune.testing.cases import linear_cross_entropy, lora_linear
+from fasttune.testing.cases import (
+    attention,
+    bias_activation,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+    rope,
+)
 from fasttune.testing.conformance import Case
 
-ALL: list[Case] = [*lora_linear.CASES, *linear_cross_entropy.CASES]
+_OPS = (
+    lora_linear,
+    linear_cross_entropy,
+    rms_norm,
+    layer_norm,
+    glu,
+    bias_activation,
+    rope,
+    attention,
+)
+ALL: list[Case] = [case for op in _OPS for case in op.CASES]
 
 __all__ = ["ALL"]

@@ -1,4 +1,4 @@
-"""Where the fused LoRA path is not faster than PEFT's own forward, and the original must run."""
+"""Where a fused path is not faster than the original forward, and the original must run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ _MIN_ROWS = 64
 TOO_FEW_ROWS = f"below {_MIN_ROWS} rows the fused path is not faster"
 _MIN_ROWS_FP32_WITHOUT_DROPOUT = 1024
 _SMALL_LAYER = 1 << 16
+# What one kernel of torch does, ours does in as many microseconds and a few dozen more; below this
+# the memory that a recipe saves is not worth them.
+_MIN_ELEMENTS_OF_ONE_KERNEL = 1 << 18
 
 
 def too_few_rows(x: Tensor, weight: Tensor) -> bool:
@@ -54,3 +57,20 @@ def fast_backend_missing(device_type: str) -> str | None:
     if device_type == "meta":  # shapes only: no backend runs
         return None
     return f"no kernels for device {device_type}"
+
+
+def worth_replacing(operations: int, x: Tensor) -> bool:
+    """True unless a module is one kernel of torch already and the input too small to gain.
+
+    Args:
+        operations: operators of torch that the module's own forward dispatches.
+        x: its input.
+    """
+    if operations > 1 or not x.is_cpu or x.numel() >= _MIN_ELEMENTS_OF_ONE_KERNEL:
+        return True
+    return _registry.forced_backend() is not None
+
+
+def attention_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """True where our attention beats torch's: on the CPU; GPUs have their vendor's."""
+    return q.device.type == "cpu" and type(q) is Tensor and q.dim() == 4

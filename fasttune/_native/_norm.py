@@ -1,0 +1,47 @@
+"""Arguments that the norms share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune._native._extension import DTYPE_CODES, cpu, matrix, scratch
+
+# Rows are shared out in at most this many parts, the same whatever the number of threads, so that
+# sums over the rows have one order; a part has at least MIN_ROWS rows, the price of its partial
+# sum. Without such sums, a part is the few rows that a kernel takes at once.
+MAX_PARTS = 64
+MIN_ROWS = 16
+ROWS_AT_ONCE = 4
+
+
+def vector(name: str, x: Tensor | None, offset: float, cols: int) -> Any:
+    """x [H] plus offset (None: one for a scale, nothing for a bias), with room for it in fp32."""
+    if x is None:
+        return cpu().NormVector(0, 0, 0.0, scratch(name, 1, cols).data_ptr())
+    if x.stride(0) != 1:
+        x = x.contiguous()
+    converted = x.dtype != torch.float32 or offset != 0.0
+    room = scratch(name, 1, cols).data_ptr() if converted else 0
+    return cpu().NormVector(x.data_ptr(), DTYPE_CODES[x.dtype], offset, room)
+
+
+def parts(rows: int, summed: bool) -> int:
+    """How many parts the rows are shared out in."""
+    return min(MAX_PARTS, -(-rows // MIN_ROWS)) if summed else -(-rows // ROWS_AT_ONCE)
+
+
+def column_sums(name: str, wanted: bool, count: int, cols: int) -> tuple[Tensor | None, Any]:
+    """The result [H] fp32 of a sum over the rows, if wanted, and what the kernel takes for it."""
+    if not wanted:
+        return None, cpu().ColumnSums(0, 0, count)
+    out = torch.empty(cols, dtype=torch.float32)
+    return out, cpu().ColumnSums(
+        out.data_ptr(), scratch(name, count, cols).data_ptr() if count else 0, count
+    )
+
+
+def optional_matrix(x: Tensor | None, *, mutable: bool = False) -> Any:
+    return None if x is None else matrix(x, mutable=mutable)
