@@ -14,9 +14,10 @@ PACKAGE = ROOT / "fasttune"
 
 # Lower layers first; a module may import its own layer and those below.
 LAYERS = (
-    ("errors", "reason", "_torch", "memory"),
+    ("errors", "reason", "_torch", "memory", "allocator"),
     ("_registry", "_native", "_cpu"),
     ("ops",),
+    ("nn",),
     ("patching", "integrations"),
     ("doctor", ""),
     ("demo", "cli"),
