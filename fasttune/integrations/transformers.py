@@ -6,11 +6,13 @@ Read from transformers 5.23 (``modeling_utils.py``, ``loss/loss_utils.py``).
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def loaded() -> bool:
@@ -75,6 +77,68 @@ def reset_loss_function(model: nn.Module, previous: Any) -> None:
 def own_loss_function(model: nn.Module) -> Any:
     """The loss function set on this instance, or None if it is the class's."""
     return model.__dict__.get("_loss_function")
+
+
+def is_attention_interface(value: Any) -> bool:
+    """True for the registry of attention functions that a forward looks its own up in."""
+    if not loaded():
+        return False
+    from transformers.modeling_utils import AttentionInterface
+
+    return isinstance(value, AttentionInterface)
+
+
+class InterfaceWithSdpa:
+    """An attention interface whose ``sdpa`` is ``ours(original, module, query, ...)``."""
+
+    def __init__(self, interface: Any, ours: Any) -> None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        self._interface = interface
+        self._stock = sdpa_attention_forward
+        self._ours = functools.partial(ours, sdpa_attention_forward)
+
+    def get_interface(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = self._interface.get_interface(*args, **kwargs)
+        return self._ours if chosen is self._stock else chosen
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._interface, name)
+
+    def __getitem__(self, name: str) -> Any:
+        chosen = self._interface[name]
+        return self._ours if chosen is self._stock else chosen
+
+
+@dataclass(frozen=True)
+class SdpaCall:
+    """What ``sdpa_attention_forward`` hands to torch: the mask, causality and scale."""
+
+    mask: Tensor | None
+    causal: bool
+    scale: float | None
+
+
+def sdpa_call(
+    module: Any, query: Tensor, key: Tensor, attention_mask: Any, kwargs: dict[str, Any]
+) -> SdpaCall | None:
+    """The call that ``sdpa_attention_forward`` (5.23) would make, or None if it is not plain."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    scale = given.pop("scaling", None)
+    causal = given.pop("is_causal", getattr(module, "is_causal", True))
+    if given.pop("dropout", 0.0) or given.pop("position_bias", None) is not None:
+        return None
+    if given.get("softcap") is not None or given.get("output_attentions"):
+        return None
+    length = query.shape[2]
+    if length == 1 or (attention_mask is not None and not isinstance(attention_mask, Tensor)):
+        return None
+    causal = bool(causal) and attention_mask is None
+    if causal and key.shape[2] != length:
+        return None
+    return SdpaCall(attention_mask, causal, scale)
 
 
 def instance_forward_owner(model: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fasttune import _registry
 from fasttune.errors import PatchError
-from fasttune.patching import lora, loss, sharding, state, swap
+from fasttune.patching import activation, attention, lora, loss, mlp, norm, sharding, state, swap
 from fasttune.patching.selection import Selection
 from fasttune.patching.session import Session
 
@@ -17,6 +17,10 @@ from fasttune.patching.session import Session
 _PATCHERS = {
     lora.KIND: lora.patch_layers,
     loss.KIND: loss.patch_models,
+    norm.KIND: norm.patch_layers,
+    mlp.KIND: mlp.patch_layers,
+    activation.KIND: activation.patch_layers,
+    attention.KIND: attention.patch_layers,
 }
 KINDS = tuple(_PATCHERS)
 
@@ -149,7 +153,7 @@ def _nothing_to_patch(session: Session) -> None:
     model, strict = session.model, session.strict
     reasons = sorted(set(session.skipped.values()))
     detail = "; ".join(reasons) or (
-        "no LoRA layer and no causal language model was found "
+        "no LoRA layer, causal language model, norm, gated MLP, activation or attention was found "
         "(call fasttune.patch after get_peft_model)"
     )
     message = f"fasttune.patch found nothing to fuse in {type(model).__name__}: {detail}"

@@ -11,7 +11,7 @@ from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.ops import LoraProjection
 from fasttune.ops.lora_linear import apply_group
-from fasttune.ops.lora_policy import (
+from fasttune.ops.policy import (
     TOO_FEW_ROWS,
     fast_backend_missing,
     slower_than_stock,

@@ -20,7 +20,7 @@ from fasttune import _torch
 from fasttune.integrations import peft, transformers
 from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
-from fasttune.ops.lora_policy import fast_backend_missing
+from fasttune.ops.policy import fast_backend_missing
 from fasttune.patching import state, swap
 from fasttune.patching.lazy_logits import LazyLogits, Snapshot, head_width
 from fasttune.patching.session import EXCLUDED, Session
@@ -28,6 +28,7 @@ from fasttune.reason import Reason
 
 KIND = "loss"
 HEAD = "head"
+_OWN_LOSS = Reason("the model computes its loss itself, without its loss_function")
 
 
 def patch_models(session: Session) -> None:
@@ -111,8 +112,12 @@ def _model_forward(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -
     if reason is not None:
         state.note_fallback(record, reason)
         return original(model, *args, **kwargs)
+    before = record.calls
     with _arm(transformers.head(model)):
-        return original(model, *args, **kwargs)
+        output = original(model, *args, **kwargs)
+    if record.calls == before:
+        state.note_fallback(record, _OWN_LOSS)
+    return output
 
 
 def _has_labels(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

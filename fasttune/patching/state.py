@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from fasttune.errors import PatchError
 from fasttune.reason import Reason
@@ -47,6 +47,11 @@ class ModuleState:
     plan: Any = None
 
     @property
+    def calls(self) -> int:
+        """Calls so far, on either path."""
+        return self.fused_calls + self.fallbacks.total()
+
+    @property
     def path(self) -> str:
         """One of "fused", "original", or "pending" before the first call."""
         if self.fused_calls and not self.unexpected:
@@ -81,6 +86,14 @@ def note_fused(state: ModuleState, backend: str, saved_bytes: int) -> None:
     state.fused_calls += 1
     state.backend = backend
     state.saved_bytes = saved_bytes
+
+
+def note_output(state: ModuleState, output: Tensor) -> None:
+    """Count a fused call by one of its outputs, whose node knows backend and saved bytes."""
+    node: Any = output.grad_fn
+    backend = getattr(node, "backend", None)
+    name = backend.name if backend is not None else "dispatched" if node is not None else ""
+    note_fused(state, name or state.backend, int(getattr(node, "saved_bytes", 0)))
 
 
 def note_fallback(state: ModuleState, reason: Reason) -> None:

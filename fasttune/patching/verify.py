@@ -1,9 +1,9 @@
 """verify: proves on the user's own batch that a patched model computes what stock computes.
 
-1. Every fused layer is replayed on the input and the output gradient that it had in a real step,
-   with its dropout, in fp64 (one layer at a time: a whole fp64 copy of a large model does not fit).
-   Its error may be at most _FACTOR times that of stock's formula in the same dtype with the same
-   mask, plus a floor of two roundings.
+1. Every fused LoRA layer, norm and activation is replayed on the input and the output gradient that
+   it had in a real step, with its dropout, in fp64 (one layer at a time: a whole fp64 copy of a
+   large model does not fit). Its error may be at most twice that of stock's formula in the same
+   dtype with the same mask, plus a floor of two roundings (replay.py).
 2. The whole step, with LoRA dropout off, is compared with the stock step: the loss and the gradient
    of every parameter. What counts as equal is measured: stock runs again with one rounding error
    added to the output of each patched layer, and fasttune may differ from stock by at most
@@ -22,33 +22,16 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from fasttune import _torch
 from fasttune.errors import PatchError, VerificationError
-from fasttune.integrations import peft
-from fasttune.ops import LoraProjection, _dropout
-from fasttune.ops.lora_linear import apply_group
-from fasttune.patching import lora, loss, state, swap
+from fasttune.patching import activation, attention, lora, loss, mlp, norm, swap
 from fasttune.patching.engine import is_patched
+from fasttune.patching.replay import LayerCheck, check_layers
 from fasttune.patching.report import render
 from fasttune.patching.step import LossFn, preserved, run_loss
 
-# Both sides make the same number of roundings, in another order: the maximum over many elements of
-# two samples of the
-# same error distribution differs by less than a factor of two.
-_FACTOR = 2.0
 # One perturbation per layer stands for the several roundings inside it (base, branch, sum; forward
 # and backward).
 _NOISE_FACTOR = 3.0
-
-
-@dataclass(frozen=True)
-class LayerCheck:
-    """One replayed tensor: error and what was allowed, both absolute."""
-
-    layer: str
-    tensor: str
-    error: float
-    allowed: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ def verify(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Verif
     with preserved(model):
         model.train()
         _refuse_a_batch_without_a_finite_loss(model, batch, loss_fn)
-        layers = _check_layers(model, batch, loss_fn)
+        layers = check_layers(model, batch, loss_fn)
         step = _check_step(model, batch, loss_fn)
     return Verification(tuple(layers), tuple(step))
 
@@ -115,153 +98,6 @@ def _refuse_a_batch_without_a_finite_loss(model: nn.Module, batch: Any, loss_fn:
         raise ValueError(
             f"batch: the stock loss is {float(value)}, so that nothing can be compared"
         )
-
-
-# ---------------------------------------------------------------------------- layer by layer
-
-
-def _check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[LayerCheck]:
-    checks: list[LayerCheck] = []
-    seen: set[str] = set()
-    failures: list[VerificationError] = []
-
-    def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        name = state.of(layer, lora.KIND).name
-        if name in seen or not isinstance(output, Tensor) or type(output.grad_fn).__name__ != _NODE:
-            return
-        seen.add(name)
-        x, projection = args[0].detach(), peft.projection(layer)
-        dtype = _torch.autocast_dtype(x.device.type)
-
-        def replay(dy: Tensor) -> None:
-            try:
-                checks.extend(_replay(name, x, projection, dy, dtype))
-            except VerificationError as error:  # raised outside the autograd engine, with its type
-                failures.append(error)
-
-        output.register_hook(replay)
-
-    handles = [
-        module.register_forward_hook(after)
-        for module in model.modules()
-        # A hook on the head would send the loss down the original path; the step below covers it.
-        if lora.KIND in (kinds := swap.kinds_of(module)) and loss.HEAD not in kinds
-    ]
-    try:
-        run_loss(model, batch, loss_fn).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if failures:
-        raise failures[0]
-    model.zero_grad(set_to_none=True)
-    return checks
-
-
-_NODE = "_LoraLinearBackward"
-
-
-def _replay(
-    name: str, x: Tensor, projection: LoraProjection, dy: Tensor, autocast: torch.dtype | None
-) -> list[LayerCheck]:
-    seed = _dropout.draw_seed(x.device)
-    depth = max(*projection.weight.shape, x.numel() // max(x.shape[-1], 1))
-    names = ["output", "input gradient", *_gradient_names(projection)]
-    with torch.enable_grad(), _autocast(x.device.type, None):
-        truth = _gradients(
-            _Formula(seed, torch.float64), x.double(), _cast(projection, torch.float64), dy.double()
-        )
-    with torch.enable_grad(), _autocast(x.device.type, autocast):
-        stock = _gradients(_Formula(seed, None), x, projection, dy)
-        dtype = autocast or x.dtype
-        fused = _gradients(
-            lambda a, p: apply_group(a, (p,), dtype, seed=seed)[0], x, projection, dy
-        )
-    checks = []
-    for what, exact, theirs, ours in zip(names, truth, stock, fused, strict=True):
-        error, theirs_error = _distance(ours, exact), _distance(theirs, exact)
-        # The floor: two roundings of the largest value to the dtype of the result, and fp32 sums of
-        # `depth` terms in another order than stock's, whose own error may be small by luck.
-        units = 2 * torch.finfo(ours.dtype).eps + torch.finfo(torch.float32).eps * depth**0.5
-        floor = units * float(exact.abs().max()) if exact.numel() else 0.0
-        allowed = _FACTOR * theirs_error + floor
-        if not error <= allowed:  # also when the error is NaN
-            raise VerificationError(name, what, error, allowed)
-        checks.append(LayerCheck(name, what, error, allowed))
-    return checks
-
-
-class _Formula:
-    """PEFT's formula in plain torch, with the mask of a seed instead of its own dropout."""
-
-    def __init__(self, seed: Tensor, dtype: torch.dtype | None) -> None:
-        self.seed, self.dtype = seed, dtype
-
-    def __call__(self, x: Tensor, projection: LoraProjection) -> Tensor:
-        result = nn.functional.linear(x, projection.weight, projection.bias)
-        dtype = result.dtype
-        for j, branch in enumerate(projection.branches):
-            threshold = _dropout.threshold(branch.dropout_p)
-            x2 = x.reshape(-1, x.shape[-1])
-            keep = _dropout.keep_mask(self.seed, threshold, *x2.shape, branch=j)
-            cast = x.to(branch.a.dtype)
-            dropped = cast * (keep * _dropout.keep_scale(threshold)).to(cast.dtype).expand_as(
-                x2
-            ).view_as(x)
-            up = nn.functional.linear(
-                nn.functional.linear(dropped, branch.a), branch.b, branch.bias
-            )
-            result = result + up * branch.scaling
-        return result.to(dtype)
-
-
-def _cast(projection: LoraProjection, dtype: torch.dtype) -> LoraProjection:
-    def to(value: Any) -> Any:
-        return (
-            value.detach().to(dtype).requires_grad_(value.requires_grad)
-            if isinstance(value, Tensor)
-            else value
-        )
-
-    branches = tuple(
-        type(branch)(
-            to(branch.a), to(branch.b), to(branch.scaling), to(branch.bias), branch.dropout_p
-        )
-        for branch in projection.branches
-    )
-    return LoraProjection(to(projection.weight), to(projection.bias), branches)
-
-
-def _trained(projection: LoraProjection) -> list[tuple[str, Tensor]]:
-    named = [("weight", projection.weight), ("bias", projection.bias)]
-    for j, branch in enumerate(projection.branches):
-        named += [
-            (f"lora_A[{j}]", branch.a),
-            (f"lora_B[{j}]", branch.b),
-            (f"lora_B[{j}].bias", branch.bias),
-        ]
-    return [(name, tensor) for name, tensor in named if tensor is not None and tensor.requires_grad]
-
-
-def _gradient_names(projection: LoraProjection) -> list[str]:
-    return [f"gradient of {name}" for name, _ in _trained(projection)]
-
-
-def _gradients(forward: Any, x: Tensor, projection: LoraProjection, dy: Tensor) -> list[Tensor]:
-    x = x.detach().requires_grad_()
-    y = forward(x, projection)
-    leaves = [x, *(tensor for _, tensor in _trained(projection))]
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-
-
-def _distance(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact).abs().max()) if exact.numel() else 0.0
-
-
-@contextlib.contextmanager
-def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    with torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        yield
 
 
 # ---------------------------------------------------------------------------- the whole step
@@ -328,6 +164,9 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
         return (wide + noise).to(value.dtype)
 
     def after(layer: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # attention modules return (output, weights)
+            noisy = after(layer, args, output[0]) if output else None
+            return None if noisy is None else (noisy, *output[1:])
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         width = args[0].shape[-1] if args and isinstance(args[0], Tensor) else output.shape[-1]
@@ -336,7 +175,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
             noisy.register_hook(lambda gradient: perturb(gradient, gradient.shape[-1]))
         return noisy
 
-    patched = (lora.KIND, loss.HEAD)
+    patched = (lora.KIND, loss.HEAD, norm.KIND, mlp.KIND, activation.KIND, attention.KIND)
     handles = [
         module.register_forward_hook(after)
         for module in model.modules()

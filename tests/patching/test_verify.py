@@ -66,7 +66,7 @@ def test_zero_gradients_are_caught(model, batch, monkeypatch):
 
     monkeypatch.setattr(_native, "lora_up_backward", zero)
     module = importlib.import_module("fasttune.patching.verify")
-    monkeypatch.setattr(module, "_check_layers", lambda *a: [])
+    monkeypatch.setattr(module, "check_layers", lambda *a: [])
     with pytest.raises(
         fasttune.VerificationError, match=r"lora_B.* \(zero or missing, stock's is not\)"
     ):

@@ -1,0 +1,205 @@
+"""Gated MLPs: found and proven with their children stubbed, without names or weights.
+
+The module's own forward runs once on stubs that return fresh random tensors and record their
+inputs. If two stubs saw the input, and the next one saw act(a) * b of what they returned for an
+activation that is known, and each following child saw what the one before returned, then this is
+a gated MLP, and the order of the calls is its plan. A packed one has a single stub of double width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune.ops._activations import ACTIVATIONS
+from fasttune.ops.glu import apply_glu
+from fasttune.patching import guard, probe, state, swap
+from fasttune.patching.activation import close
+from fasttune.patching.session import Session
+from fasttune.reason import Reason
+
+KIND = "mlp"
+_ROWS, _FEATURES = 3, 24
+_MOST_CHILDREN = 8
+
+
+@dataclass(frozen=True)
+class GatedPlan:
+    """How a gated MLP computes.
+
+    Attributes:
+        inputs: children that are called with the input, in order: two, or one packed.
+        gate_first: the first of the two, or the first half of the packed one, is the gate.
+        activation: of the gate.
+        chain: children that are called one after the other on the product.
+        floats: float attributes at the time of the proof.
+    """
+
+    inputs: tuple[str, ...]
+    gate_first: bool
+    activation: str
+    chain: tuple[str, ...]
+    floats: tuple[tuple[str, float], ...]
+
+
+def patch_layers(session: Session) -> None:
+    """Swap every module whose forward is proven to be that of a gated MLP."""
+    for name, module in session.candidates(KIND):
+        if not _looks_like_an_mlp(module):
+            continue
+        key = (KIND, probe.signature(module))
+        if key not in session.proofs:
+            session.proofs[key] = prove(module)
+        plan = session.proofs[key]
+        if isinstance(plan, str):
+            session.skip(KIND, name, plan)
+        elif plan is not None and not session.refuse(KIND, name, module):
+            session.swap(module, name, KIND, plan)
+
+
+# ---------------------------------------------------------------------------- proof
+
+
+def _opaque(child: nn.Module) -> bool:
+    return isinstance(child, nn.Dropout) or any(True for _ in child.parameters())
+
+
+def _looks_like_an_mlp(module: nn.Module) -> bool:
+    children = [child for child in module._modules.values() if child is not None]
+    if module._parameters or not 2 <= len(children) <= _MOST_CHILDREN:
+        return False
+    linears = [c for c in children if _opaque(c) and probe.width(c) is not None]
+    return 2 <= len(linears) <= 3
+
+
+class _Stub(nn.Module):
+    """Stands for a child: returns a fresh random tensor and records the call."""
+
+    def __init__(self, name: str, real: nn.Module, calls: list[_Call], random: torch.Generator):
+        super().__init__()
+        self.__dict__.update(_name=name, _real=real, _calls=calls, _random=random)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = probe.width(self._real) or x.shape[-1]
+        y = torch.randn(
+            *x.shape[:-1], features, generator=self._random, dtype=x.dtype, device="cpu"
+        )
+        y = 4 * y
+        self._calls.append(_Call(self._name, x, y))
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # models ask for its dtype
+            return torch.empty(0, dtype=torch.float64, device="cpu")
+        return getattr(self.__dict__["_real"], name)
+
+
+@dataclass(frozen=True)
+class _Call:
+    child: str
+    x: Tensor
+    y: Tensor
+
+
+def prove(module: nn.Module) -> GatedPlan | str | None:
+    """The plan of a gated MLP, why something like one is none, or None for anything else."""
+    plans = [_prove(module, training) for training in (True, False)]
+    if any(isinstance(plan, str) for plan in plans):
+        return next(plan for plan in plans if isinstance(plan, str))
+    return plans[0] if plans[0] == plans[1] else None
+
+
+def _prove(module: nn.Module, training: bool) -> GatedPlan | str | None:
+    calls: list[_Call] = []
+    random = probe.generator()
+    children = {
+        name: _Stub(name, child, calls, random) if child is not None and _opaque(child) else child
+        for name, child in module._modules.items()
+    }
+    x = torch.randn(1, _ROWS, _FEATURES, generator=random, dtype=torch.float64, device="cpu")
+    twin = probe.imitation(module, children=children, training=training)
+    with probe.quiet():
+        try:
+            y = probe.run(twin, x)
+        except probe.ANY_ERROR:
+            return None
+    heads = [call for call in calls if call.x is x]
+    chain = calls[len(heads) :]
+    if not 1 <= len(heads) <= 2 or not chain or calls[: len(heads)] != heads:
+        return None
+    if len({call.child for call in calls}) != len(calls) or y is not chain[-1].y:
+        return None
+    if any(after.x is not before.y for before, after in pairwise(chain)):
+        return None
+    names = tuple(call.child for call in heads), tuple(call.child for call in chain)
+    parts = [call.y for call in heads] if len(heads) == 2 else _halves(heads[0].y)
+    if len(parts) != 2:
+        return None
+    found = _activation_between(parts[0], parts[1], chain[0].x)
+    if found is None:
+        if parts[0].shape == chain[0].x.shape and len(heads) == 2:
+            return f"{type(module).__name__}: what joins its projections is not known"
+        return None
+    return GatedPlan(names[0], found[1], found[0], names[1], probe.floats(module))
+
+
+def _halves(packed: Tensor) -> list[Tensor]:
+    return list(packed.chunk(2, dim=-1)) if packed.shape[-1] % 2 == 0 else []
+
+
+def _activation_between(a: Tensor, b: Tensor, h: Tensor) -> tuple[str, bool] | None:
+    for gate_first, (gate, up) in ((True, (a, b)), (False, (b, a))):
+        for name, known in ACTIVATIONS.items():
+            if close(known.value(gate) * up, h):
+                return name, gate_first
+    return None
+
+
+# ---------------------------------------------------------------------------- forward
+
+
+def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    record = state.of(module, KIND)
+    plan: GatedPlan = record.plan
+    reason = guard.why_original(module, x, args, kwargs)
+    if reason is None and probe.floats(module) != plan.floats:
+        reason = Reason("an attribute changed since fasttune.patch")
+    if reason is None:
+        reason = _why_dtypes_differ(module, plan)
+    if reason is not None:
+        if reason is not guard.COMPILED:
+            state.note_fallback(record, reason)
+        return original(module, x, *args, **kwargs)
+    children: dict[str, Callable[[Any], Any]] = module._modules  # type: ignore[assignment]
+    parts = [children[name](x) for name in plan.inputs]
+    h = apply_glu(
+        *_gate_and_up(plan, parts), activation=plan.activation, gate_first=plan.gate_first
+    )
+    state.note_output(record, h)
+    for name in plan.chain:
+        h = children[name](h)
+    return h
+
+
+def _gate_and_up(plan: GatedPlan, parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    if len(parts) == 1:
+        return parts[0], None
+    return (parts[0], parts[1]) if plan.gate_first else (parts[1], parts[0])
+
+
+def _why_dtypes_differ(module: nn.Module, plan: GatedPlan) -> Reason | None:
+    """Some MLPs cast to the dtype of their last weight: a no-op unless the weights differ."""
+    dtypes = set()
+    for name in (*plan.inputs, *plan.chain):
+        weight = getattr(module._modules[name], "weight", None)
+        if isinstance(weight, Tensor):
+            dtypes.add(weight.dtype)
+    return Reason("its projections have several dtypes") if len(dtypes) > 1 else None
+
+
+swap.register_kind(KIND, _forward)

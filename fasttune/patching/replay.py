@@ -1,0 +1,284 @@
+"""The first half of verify: fused layers replayed in fp64 on what they saw in a real step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasttune import _registry, _torch
+from fasttune.errors import VerificationError
+from fasttune.integrations import peft
+from fasttune.ops import LoraProjection, _dropout
+from fasttune.ops._activations import ACTIVATIONS
+from fasttune.ops.bias_activation import apply_bias_activation
+from fasttune.ops.lora_linear import apply_group
+from fasttune.patching import activation, lora, loss, norm, probe, state, swap
+from fasttune.patching.step import LossFn, run_loss
+
+# Both sides make the same number of roundings, in another order: the maximum over many elements of
+# two samples of the
+# same error distribution differs by less than a factor of two.
+_FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One replayed tensor: error and what was allowed, both absolute."""
+
+    layer: str
+    tensor: str
+    error: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class _Variants:
+    """One layer computed in three ways; each maps (x, leaves) to its output.
+
+    Attributes:
+        leaves: the trained parameters by name.
+        fused, stock: of the leaves in their dtypes.
+        truth: of fp64 copies of x and the leaves.
+        depth: terms of the longest sum in forward or backward.
+    """
+
+    leaves: dict[str, Tensor]
+    fused: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    stock: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    truth: Callable[[Tensor, Sequence[Tensor]], Tensor]
+    depth: int
+
+
+def check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[LayerCheck]:
+    """Run a step and replay every fused LoRA layer, norm and activation once.
+
+    Raises:
+        VerificationError: a tensor of a layer deviates.
+    """
+    checks: list[LayerCheck] = []
+    seen: set[str] = set()
+    failures: list[VerificationError] = []
+
+    def watch(kind: str) -> Any:
+        def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            name = state.of(layer, kind).name
+            if name in seen or not isinstance(output, Tensor) or not _is_ours(output.grad_fn):
+                return
+            seen.add(name)
+            x = args[0].detach()
+            variants = _VARIANTS[kind](layer, x)
+            dtype = _torch.autocast_dtype(x.device.type)
+
+            def replay(dy: Tensor) -> None:
+                try:
+                    checks.extend(_replay(name, x, variants, dy, dtype))
+                except VerificationError as error:  # raised outside the engine, with its type
+                    failures.append(error)
+
+            output.register_hook(replay)
+
+        return after
+
+    handles = [
+        module.register_forward_hook(watch(kind))
+        for module in model.modules()
+        for kind in swap.kinds_of(module)
+        # A hook on the head would send the loss down the original path; the step covers it.
+        if kind in _VARIANTS and loss.HEAD not in swap.kinds_of(module)
+    ]
+    try:
+        run_loss(model, batch, loss_fn).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if failures:
+        raise failures[0]
+    model.zero_grad(set_to_none=True)
+    return checks
+
+
+def _is_ours(node: Any) -> bool:
+    function = getattr(type(node), "_forward_cls", None)
+    return function is not None and function.__module__.startswith("fasttune.ops.")
+
+
+# ---------------------------------------------------------------------------- kinds
+
+
+def _lora_variants(layer: nn.Module, x: Tensor) -> _Variants:
+    projection = peft.projection(layer)
+    seed = _dropout.draw_seed(x.device)
+    leaves = dict(_trained(projection))
+    names = list(leaves)
+
+    def with_leaves(values: Sequence[Tensor]) -> LoraProjection:
+        return _replaced(projection, dict(zip(names, values, strict=True)))
+
+    dtype = _torch.autocast_dtype(x.device.type) or x.dtype
+    return _Variants(
+        leaves,
+        fused=lambda x, v: apply_group(x, (with_leaves(v),), dtype, seed=seed)[0],
+        stock=lambda x, v: _peft_formula(x, with_leaves(v), seed),
+        truth=lambda x, v: _peft_formula(x, _in_double(with_leaves(v)), seed),
+        depth=max(*projection.weight.shape, x.numel() // max(x.shape[-1], 1)),
+    )
+
+
+def _norm_variants(layer: nn.Module, x: Tensor) -> _Variants:
+    formula = state.of(layer, norm.KIND).plan
+    everything = {n: p for n, p in layer._parameters.items() if p is not None}
+    leaves: dict[str, Tensor] = {n: p for n, p in everything.items() if p.requires_grad}
+    names = list(leaves)
+
+    def twin(values: Sequence[Tensor], dtype: torch.dtype | None) -> nn.Module:
+        parameters = {**everything, **dict(zip(names, values, strict=True))}
+        if dtype is not None:
+            parameters = {n: p.to(dtype) for n, p in parameters.items()}
+        return probe.imitation(layer, parameters=parameters, training=True)
+
+    def truth(x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        with _registry.use_backend("reference"):
+            return norm.evaluate(twin(values, torch.float64), formula, x)
+
+    return _Variants(
+        leaves,
+        fused=lambda x, v: norm.evaluate(twin(v, None), formula, x),
+        stock=lambda x, v: probe.run(twin(v, None), x),
+        truth=truth,
+        depth=max(x.shape[-1], x.numel() // max(x.shape[-1], 1)),
+    )
+
+
+def _activation_variants(layer: nn.Module, x: Tensor) -> _Variants:
+    name = state.of(layer, activation.KIND).plan.name
+    twin = probe.imitation(layer, training=True)
+    return _Variants(
+        {},
+        fused=lambda x, v: apply_bias_activation(x, None, activation=name),
+        stock=lambda x, v: probe.run(twin, x),
+        truth=lambda x, v: ACTIVATIONS[name].value(x),
+        depth=1,
+    )
+
+
+_VARIANTS: dict[str, Callable[[nn.Module, Tensor], _Variants]] = {
+    lora.KIND: _lora_variants,
+    norm.KIND: _norm_variants,
+    activation.KIND: _activation_variants,
+}
+
+
+# ---------------------------------------------------------------------------- comparison
+
+
+def _replay(
+    name: str, x: Tensor, variants: _Variants, dy: Tensor, autocast: torch.dtype | None
+) -> list[LayerCheck]:
+    names = ["output", "input gradient", *(f"gradient of {leaf}" for leaf in variants.leaves)]
+    leaves = [leaf.detach() for leaf in variants.leaves.values()]
+    with torch.enable_grad(), _autocast(x.device.type, None):
+        exact = _results(
+            variants.truth, x.double(), [leaf.double() for leaf in leaves], dy.double()
+        )
+    with torch.enable_grad(), _autocast(x.device.type, autocast):
+        stock = _results(variants.stock, x, leaves, dy)
+        fused = _results(variants.fused, x, leaves, dy)
+    checks = []
+    for what, truth, theirs, ours in zip(names, exact, stock, fused, strict=True):
+        error, theirs_error = _distance(ours, truth), _distance(theirs, truth)
+        # The floor: two roundings of the largest value to the dtype of the result, and fp32 sums of
+        # `depth` terms in another order than stock's, whose own error may be small by luck.
+        units = 2 * torch.finfo(ours.dtype).eps
+        units += torch.finfo(torch.float32).eps * variants.depth**0.5
+        floor = units * float(truth.abs().max()) if truth.numel() else 0.0
+        allowed = _FACTOR * theirs_error + floor
+        if not error <= allowed:  # also when the error is NaN
+            raise VerificationError(name, what, error, allowed)
+        checks.append(LayerCheck(name, what, error, allowed))
+    return checks
+
+
+def _results(function: Any, x: Tensor, leaves: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    fresh = [leaf.detach().requires_grad_() for leaf in leaves]
+    y = function(x, fresh)
+    return [y.detach(), *torch.autograd.grad(y, [x, *fresh], dy.to(y.dtype))]
+
+
+def _distance(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).abs().max()) if exact.numel() else 0.0
+
+
+@contextlib.contextmanager
+def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
+    with torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
+
+
+# ---------------------------------------------------------------------------- LoRA
+
+
+def _peft_formula(x: Tensor, projection: LoraProjection, seed: Tensor) -> Tensor:
+    """PEFT's formula in plain torch, with the mask of a seed instead of its own dropout."""
+    result = nn.functional.linear(x, projection.weight, projection.bias)
+    dtype = result.dtype
+    for j, branch in enumerate(projection.branches):
+        threshold = _dropout.threshold(branch.dropout_p)
+        x2 = x.reshape(-1, x.shape[-1])
+        keep = _dropout.keep_mask(seed, threshold, *x2.shape, branch=j)
+        cast = x.to(branch.a.dtype)
+        scaled = (keep * _dropout.keep_scale(threshold)).to(cast.dtype)
+        dropped = cast * scaled.expand_as(x2).view_as(x)
+        up = nn.functional.linear(nn.functional.linear(dropped, branch.a), branch.b, branch.bias)
+        result = result + up * branch.scaling
+    return result.to(dtype)
+
+
+def _named(projection: LoraProjection) -> list[tuple[str, Tensor | None]]:
+    named = [("weight", projection.weight), ("bias", projection.bias)]
+    for j, branch in enumerate(projection.branches):
+        named += [
+            (f"lora_A[{j}]", branch.a),
+            (f"lora_B[{j}]", branch.b),
+            (f"lora_B[{j}].bias", branch.bias),
+        ]
+    return named
+
+
+def _trained(projection: LoraProjection) -> list[tuple[str, Tensor]]:
+    return [(n, t) for n, t in _named(projection) if t is not None and t.requires_grad]
+
+
+def _replaced(projection: LoraProjection, leaves: dict[str, Tensor]) -> LoraProjection:
+    tensors = {name: leaves.get(name, tensor) for name, tensor in _named(projection)}
+    weight = tensors["weight"]
+    assert weight is not None
+    branches = []
+    for j, branch in enumerate(projection.branches):
+        a, b = tensors[f"lora_A[{j}]"], tensors[f"lora_B[{j}]"]
+        assert a is not None and b is not None
+        bias = tensors[f"lora_B[{j}].bias"]
+        branches.append(type(branch)(a, b, branch.scaling, bias, branch.dropout_p))
+    return LoraProjection(weight, tensors["bias"], tuple(branches))
+
+
+def _in_double(projection: LoraProjection) -> LoraProjection:
+    doubled = {n: None if t is None else t.double() for n, t in _named(projection)}
+    leaves = {n: t for n, t in doubled.items() if t is not None}
+    result = _replaced(projection, leaves)
+    branches = tuple(
+        type(b)(
+            b.a,
+            b.b,
+            b.scaling.double() if isinstance(b.scaling, Tensor) else b.scaling,
+            b.bias,
+            b.dropout_p,
+        )
+        for b in result.branches
+    )
+    return LoraProjection(result.weight, result.bias, branches)
