@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fasttune._registry import BackendError, use_backend
+from fasttune.allocator import tune_allocator
 from fasttune.errors import PatchError, VerificationError
 from fasttune.patching import compare, explain, is_patched, patch, report, unpatch, verify
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_patched",
     "patch",
     "report",
+    "tune_allocator",
     "unpatch",
     "use_backend",
     "verify",
