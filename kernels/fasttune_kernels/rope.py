@@ -21,6 +21,8 @@ _VECTOR_BYTES = 16
 # sines of its positions for all of them, and that many loads of 16 bytes are in flight for each
 # half of a row.
 _BLOCK_H = 4
+# What is only copied passes through registers as well: 64 of each thread.
+_COPIED_BYTES = 256 * _THREADS
 
 
 @triton.jit
@@ -57,6 +59,7 @@ def _rope_heads(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,  # columns of a tile: R of neighbours, R / 2 of halves, to a power of 2
     BLOCK_REST: tl.constexpr,  # D - R, to a power of 2
+    COPIED_H: tl.constexpr,  # heads whose D - R features are copied at a time
 ):
     """Rotates BLOCK_H heads at BLOCK_S positions: [BLOCK_H, BLOCK_S, columns]."""
     h = head + tl.arange(0, BLOCK_H)[:, None, None]
@@ -96,17 +99,14 @@ def _rope_heads(
         tl.store(y_row + column, yi.to(kind), mask=valid)
         tl.store(y_row + half + column, yj.to(kind), mask=valid)
     if BLOCK_REST > 0:
-        rest = R + tl.arange(0, BLOCK_REST)[None, :]
-        row = position + tl.arange(0, BLOCK_S)[:, None]
-        copy = (row < positions) & (rest < D)
-        x_rest = x_ptr + batch * x_stride_b + row.to(tl.int64) * x_stride_s + rest
-        y_rest = y_ptr + batch * y_stride_b + row.to(tl.int64) * y_stride_s + rest
-        # Head by head: all heads at once would take a register for every two features.
-        for index in range(BLOCK_H):
-            if head + index < heads:
-                one = (head + index).to(tl.int64)
-                copied = tl.load(x_rest + one * x_stride_h, mask=copy, other=0.0)
-                tl.store(y_rest + one * y_stride_h, copied, mask=copy)
+        rest = R + tl.arange(0, BLOCK_REST)[None, None, :]
+        for index in range(0, BLOCK_H, COPIED_H):
+            one = head + index + tl.arange(0, COPIED_H)[:, None, None]
+            copy = (one < heads) & (s < positions) & (rest < D)
+            one = one.to(tl.int64)
+            x_rest = x_ptr + batch * x_stride_b + one * x_stride_h + s * x_stride_s + rest
+            y_rest = y_ptr + batch * y_stride_b + one * y_stride_h + s * y_stride_s + rest
+            tl.store(y_rest, tl.load(x_rest, mask=copy, other=0.0), mask=copy)
 
 
 # Floor: x is read and y written once, 4 D bytes a row in 16 bits, and the 2 R angles of a position
@@ -149,6 +149,7 @@ def _rope_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    COPIED_H: tl.constexpr,
 ):
     q_blocks = tl.cdiv(q_heads, BLOCK_H)
     head_blocks = q_blocks
@@ -167,14 +168,14 @@ def _rope_kernel(
             q_ptr, q_out_ptr, cos_ptr, sin_ptr, batch, head_block * BLOCK_H, q_heads, position,
             positions, q_stride_b, q_stride_h, q_stride_s, q_out_stride_b, q_out_stride_h,
             q_out_stride_s, cos_stride_s, sin_stride_s, D, R, INTERLEAVED, TRANSPOSED, BLOCK_H,
-            BLOCK_S, BLOCK_R, BLOCK_REST,
+            BLOCK_S, BLOCK_R, BLOCK_REST, COPIED_H,
         )  # fmt: skip
     elif HAS_K:
         _rope_heads(
             k_ptr, k_out_ptr, cos_ptr, sin_ptr, batch, (head_block - q_blocks) * BLOCK_H, k_heads,
             position, positions, k_stride_b, k_stride_h, k_stride_s, k_out_stride_b,
             k_out_stride_h, k_out_stride_s, cos_stride_s, sin_stride_s, D, R, INTERLEAVED,
-            TRANSPOSED, BLOCK_H, BLOCK_S, BLOCK_R, BLOCK_REST,
+            TRANSPOSED, BLOCK_H, BLOCK_S, BLOCK_R, BLOCK_REST, COPIED_H,
         )  # fmt: skip
 
 
@@ -238,6 +239,10 @@ def _launch(
     block_rest = next_power_of_2(features - rotary) if features > rotary else 0
     vectors = divide_up(block_r * q.element_size(), _VECTOR_BYTES)
     block_s = min(max(_THREADS // vectors, 1), next_power_of_2(positions))
+    rest_bytes = block_rest * q.element_size()  # of a row
+    if rest_bytes:
+        block_s = min(block_s, max(_COPIED_BYTES // rest_bytes, 1))
+    copied_h = _COPIED_BYTES // max(block_s * rest_bytes, 1)
     head_blocks = divide_up(q_heads, _BLOCK_H) + divide_up(k_heads, _BLOCK_H)
     grid = (batch * divide_up(positions, block_s) * head_blocks,)
     tables: list[Any] = [
@@ -270,6 +275,7 @@ def _launch(
             BLOCK_S=block_s,
             BLOCK_R=block_r,
             BLOCK_REST=block_rest,
+            COPIED_H=min(max(copied_h, 1), _BLOCK_H),
             num_warps=_THREADS // 32,
             maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,

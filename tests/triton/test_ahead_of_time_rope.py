@@ -19,6 +19,7 @@ from fasttune_kernels.rope import rope_backward, rope_forward
 BATCH, POSITIONS, HEADS, KV_HEADS = 2, 4096, 32, 8
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WIDTHS = {"full": (128, 128), "partial": (128, 32), "width-80": (80, 80), "width-256": (256, 256)}
+EXTREME = (256, 16)  # few features rotate
 
 COMMON = [
     (capability, "bf16", angles, width, interleaved)
@@ -72,14 +73,17 @@ def launches_of(
 
 
 def bytes_in_flight(launch: Launch) -> int:
-    """What the programs of one multiprocessor load of x before they need any of it: all heads to
-    rotate, or one to copy.
+    """What the programs of one multiprocessor load of x before they need any of it.
+
+    A program rotates all of its heads at once and then copies some at a time. The programs are
+    independent, so each phase counts by its share of the time, which is its share of the bytes.
     """
     constants = launch.constants
     rotated, copied = constants["R"], constants["D"] - constants["R"]
-    columns = min(constants["BLOCK_H"] * rotated, copied or constants["BLOCK_H"] * rotated)
+    columns = constants["BLOCK_H"] * rotated * rotated + constants["COPIED_H"] * copied * copied
     element = {"*bf16": 2, "*fp16": 2, "*fp32": 4}[launch.signature["q_ptr"]]
-    return launch.resident_programs * constants["BLOCK_S"] * columns * element
+    rows = launch.resident_programs * constants["BLOCK_S"]
+    return rows * columns * element // constants["D"]
 
 
 @pytest.mark.parametrize(("capability", "x", "angles", "width", "interleaved"), CASES)
@@ -100,6 +104,13 @@ def test_one_launch_of_wide_accesses(
         # 80 features leave three of eight lanes of a power of two idle, too many for a B200.
         if capability != 100 or width != "width-80":
             assert bytes_in_flight(launch) >= launch.limits.bytes_in_flight
+
+
+@pytest.mark.parametrize("x", ["bf16", "fp32"])
+def test_copying_most_of_a_row_does_not_spill(x: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WIDTHS, "extreme", EXTREME)
+    for launch in launches_of(90, x, x, "extreme", False):
+        assert not launch.resources.spills, launch
 
 
 def test_programs_cover_every_head_and_position() -> None:
