@@ -221,7 +221,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "rms_norm_forward",
       [](const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-         const NormVector& weight, float eps, bool round_first, const MutableMatrix& y,
+         const NormVector& weight, double eps, bool round_first, const MutableMatrix& y,
          uintptr_t rstd, int threads) {
         kernels().rms_norm_forward(x, residual, sum, weight, eps, round_first, y,
                                    pointer<float>(rstd), threads);
@@ -238,7 +238,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "layer_norm_forward",
       [](const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-         const NormVector& weight, const NormVector& bias, float eps, const MutableMatrix& y,
+         const NormVector& weight, const NormVector& bias, double eps, const MutableMatrix& y,
          uintptr_t mean, uintptr_t rstd, int threads) {
         kernels().layer_norm_forward(x, residual, sum, weight, bias, eps, y, pointer<float>(mean),
                                      pointer<float>(rstd), threads);

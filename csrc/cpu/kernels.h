@@ -196,7 +196,7 @@ struct Kernels {
   // y [M, H] = n scale with n = x rstd, rstd [M] = 1 / sqrt(mean(x^2) + eps); round_first rounds n
   // to the dtype of x. With a residual, sum = x + residual in the dtype of x takes the place of x.
   void (*rms_norm_forward)(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-                           const NormVector& weight, float eps, bool round_first,
+                           const NormVector& weight, double eps, bool round_first,
                            const MutableMatrix& y, float* rstd, int threads);
 
   // With g = dy scale: dx [M, H] = rstd (g - n mean(g n)) + addend, dweight [H] = sum_m dy n.
@@ -207,7 +207,7 @@ struct Kernels {
 
   // y [M, H] = n scale + bias with n = (x - mean) rstd, rstd [M] = 1 / sqrt(var(x) + eps).
   void (*layer_norm_forward)(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-                             const NormVector& weight, const NormVector& bias, float eps,
+                             const NormVector& weight, const NormVector& bias, double eps,
                              const MutableMatrix& y, float* mean, float* rstd, int threads);
 
   // dx [M, H] = rstd (g - mean(g) - n mean(g n)) + addend, dweight as above, dbias [H] = sum_m dy.

@@ -15,7 +15,7 @@ struct Moments {
 // The corrected two-pass algorithm (Chan, Golub and LeVeque, 1983): the sum of the deviations,
 // which would be zero without rounding, corrects the mean and the variance.
 template <typename X>
-inline Moments moments(const typename X::type* row, int64_t cols, float eps) {
+inline Moments moments(const typename X::type* row, int64_t cols, double eps) {
   const float count = static_cast<float>(cols);
   const float total = sum_columns<1>(cols, [&](int64_t j, auto lanes, auto& sums) {
     sums[0] += load_lanes(X{}, row + j, lanes);
@@ -27,8 +27,8 @@ inline Moments moments(const typename X::type* row, int64_t cols, float eps) {
     sums[1] += d * d;
   });
   const float correction = deviations / count;
-  const float variance = squares / count - correction * correction;
-  return {first + correction, 1.0f / std::sqrt(std::max(variance, 0.0f) + eps)};
+  const double variance = static_cast<double>(squares) / cols - correction * correction;
+  return {first + correction, reciprocal_root(std::max(variance, 0.0) + eps)};
 }
 
 template <typename X, typename Y>
@@ -38,7 +38,7 @@ struct Forward {
   const MutableMatrix* sum;
   const float* scale;
   const float* bias;
-  const float eps;
+  const double eps;
   const MutableMatrix& y;
   float* mean;
   float* rstd;
@@ -165,7 +165,7 @@ inline float* partial_of(const ColumnSums& sums, int64_t chunk, int64_t cols) {
 }  // namespace
 
 void layer_norm_forward(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-                        const NormVector& weight, const NormVector& bias, float eps,
+                        const NormVector& weight, const NormVector& bias, double eps,
                         const MutableMatrix& y, float* mean, float* rstd, int threads) {
   const int64_t blocks = (x.rows + kNormRows - 1) / kNormRows;
   const float* scale = values_of(weight, x.cols, 1.0f);

@@ -6,7 +6,7 @@
 namespace fasttune::cpu::FASTTUNE_ISA {
 
 void layer_norm_forward(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-                        const NormVector& weight, const NormVector& bias, float eps,
+                        const NormVector& weight, const NormVector& bias, double eps,
                         const MutableMatrix& y, float* mean, float* rstd, int threads);
 void layer_norm_backward(const Matrix& dy, const Matrix& x, const NormVector& weight,
                          const float* mean, const float* rstd, const Matrix* addend,

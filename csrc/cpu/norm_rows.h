@@ -12,7 +12,7 @@ namespace fasttune::cpu::FASTTUNE_ISA {
 constexpr int64_t kNormRows = 4;     // rows that share a load of the weight
 constexpr int64_t kShortRow = 1024;  // above, four rows crowd out the first-level cache
 constexpr int64_t kGrain = 16384;    // elements that are worth a thread
-constexpr int64_t kSumSpan = 1024;   // elements that are added before the total: short chains
+constexpr int64_t kSumSteps = 32;    // additions in a row before the total: little rounding
 constexpr int kSumChains = 4;        // independent sums hide the latency of an addition
 
 inline vr all(float value) { return value - (vr){}; }
@@ -129,13 +129,14 @@ inline std::array<float, N> sum_columns(int64_t cols, Term&& term) {
   constexpr int64_t kStep = kSumChains * kRegisterLanes;
   vr total[N] = {};
   const int64_t stepped = cols / kStep * kStep, whole = cols / kRegisterLanes * kRegisterLanes;
-  for (int64_t first = 0; first < stepped; first += kSumSpan) {
+  for (int64_t first = 0; first < stepped; first += kSumSteps * kStep) {
     vr chain[kSumChains][N] = {};
-    const int64_t end = std::min(first + kSumSpan, stepped);
+    const int64_t end = std::min(first + kSumSteps * kStep, stepped);
     for (int64_t j = first; j < end; j += kStep)
       for (int c = 0; c < kSumChains; ++c) term(j + c * kRegisterLanes, Whole{}, chain[c]);
-    for (int c = 0; c < kSumChains; ++c)
-      for (int n = 0; n < N; ++n) total[n] += chain[c][n];
+    static_assert(kSumChains == 4);
+    for (int n = 0; n < N; ++n)
+      total[n] += (chain[0][n] + chain[1][n]) + (chain[2][n] + chain[3][n]);
   }
   for (int64_t j = stepped; j < whole; j += kRegisterLanes) term(j, Whole{}, total);
   if (whole < cols) term(whole, Part{cols - whole}, total);
@@ -143,6 +144,9 @@ inline std::array<float, N> sum_columns(int64_t cols, Term&& term) {
   for (int n = 0; n < N; ++n) sums[n] = tree_sum<kRegisterLanes>(total[n]);
   return sums;
 }
+
+// 1 / sqrt(v), rounded once: one number a row may be computed in double.
+inline float reciprocal_root(double v) { return static_cast<float>(1.0 / std::sqrt(v)); }
 
 // sum = x + residual for one row, rounded to the dtype of x.
 template <typename E>

@@ -17,7 +17,7 @@ struct Forward {
   const Matrix* residual;
   const MutableMatrix* sum;
   const float* scale;
-  const float eps;
+  const double eps;
   const bool round_first;
   const MutableMatrix& y;
   float* rstd;
@@ -40,7 +40,7 @@ struct Forward {
         const vr v = load_lanes(X{}, in[i] + j, lanes);
         sums[0] += v * v;
       })[0];
-      factor[i] = 1.0f / std::sqrt(squares / static_cast<float>(cols) + eps);
+      factor[i] = reciprocal_root(static_cast<double>(squares) / cols + eps);
       rstd[first + i] = factor[i];
     }
     Out* out = static_cast<Out*>(y.data) + first * y.stride;
@@ -131,8 +131,8 @@ struct Backward {
 }  // namespace
 
 void rms_norm_forward(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-                      const NormVector& weight, float eps, bool round_first, const MutableMatrix& y,
-                      float* rstd, int threads) {
+                      const NormVector& weight, double eps, bool round_first,
+                      const MutableMatrix& y, float* rstd, int threads) {
   const int64_t blocks = (x.rows + kNormRows - 1) / kNormRows;
   const float* scale = values_of(weight, x.cols, 1.0f);
   with_element(x.dtype, [&](auto in) {

@@ -6,8 +6,8 @@
 namespace fasttune::cpu::FASTTUNE_ISA {
 
 void rms_norm_forward(const Matrix& x, const Matrix* residual, const MutableMatrix* sum,
-                      const NormVector& weight, float eps, bool round_first, const MutableMatrix& y,
-                      float* rstd, int threads);
+                      const NormVector& weight, double eps, bool round_first,
+                      const MutableMatrix& y, float* rstd, int threads);
 void rms_norm_backward(const Matrix& dy, const Matrix& x, const NormVector& weight,
                        const float* rstd, const Matrix* addend, const MutableMatrix* dx,
                        const ColumnSums& dweight, int threads);

@@ -44,8 +44,10 @@ def _layer_norm_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    columns = tl.arange(0, BLOCK_H)[None, :]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = row[:, None]
+    column = tl.arange(0, BLOCK_H)
+    columns = column[None, :]
     inside = (rows < M) & (columns < H)
     x = tl.load(x_ptr + rows * stride_xm + columns, mask=inside, other=0.0)
     if residual_ptr is not None:
@@ -54,18 +56,18 @@ def _layer_norm_forward_kernel(
         tl.store(s_ptr + rows * H + columns, x, mask=inside)
     wide = x.to(tl.float32)
     features = H.to(tl.float32)
-    mean = tl.div_rn(tl.sum(wide, 1, keep_dims=True), features)
-    deviation = tl.where(columns < H, wide - mean, 0.0)
-    variance = tl.div_rn(tl.sum(deviation * deviation, 1, keep_dims=True), features)
+    mean = tl.div_rn(tl.sum(wide, 1), features)
+    deviation = tl.where(columns < H, wide - mean[:, None], 0.0)
+    variance = tl.div_rn(tl.sum(deviation * deviation, 1), features)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    tl.store(mean_ptr + rows, mean, mask=rows < M)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-    y = deviation * rstd
+    tl.store(mean_ptr + row, mean, mask=row < M)
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    y = deviation * rstd[:, None]
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
+        weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)[None, :]
         y = y * (weight_offset + weight.to(tl.float32))
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + column, mask=column < H, other=0.0)[None, :].to(tl.float32)
     tl.store(y_ptr + rows * H + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -93,17 +95,19 @@ def _layer_norm_backward_kernel(
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_H)[None, :]
+    column = tl.arange(0, BLOCK_H)
+    columns = column[None, :]
     weighted = tl.zeros((1, BLOCK_H), dtype=tl.float32)
     plain = tl.zeros((1, BLOCK_H), dtype=tl.float32)
     step = tl.num_programs(0) * BLOCK_M
     for first in tl.range(program * BLOCK_M, M, step, num_stages=STAGES):
-        rows = (first + tl.arange(0, BLOCK_M))[:, None]
+        row = first + tl.arange(0, BLOCK_M)
+        rows = row[:, None]
         inside = (rows < M) & (columns < H)
         dy = tl.load(dy_ptr + rows * stride_dym + columns, mask=inside, other=0.0)
         x = tl.load(x_ptr + rows * stride_xm + columns, mask=inside, other=0.0)
-        mean = tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+        mean = tl.load(mean_ptr + row, mask=row < M, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]
         g = dy.to(tl.float32)
         n = (x.to(tl.float32) - mean) * rstd
         if dweight_ptr is not None:
@@ -111,7 +115,7 @@ def _layer_norm_backward_kernel(
         if dbias_ptr is not None:
             plain += tl.sum(g, 0, keep_dims=True)
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
+            weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)[None, :]
             g = g * (weight_offset + weight.to(tl.float32))
         # mean(n) = 0, so the mean of g may go before the second sum: one row less in registers.
         g = tl.where(columns < H, g - tl.sum(g, 1, keep_dims=True) * per_feature, 0.0)

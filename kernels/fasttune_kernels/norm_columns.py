@@ -43,14 +43,15 @@ def _norm_column_sums_kernel(
     for first in tl.range(
         begin, tl.minimum(begin + rows_per_program, M), BLOCK_M, num_stages=STAGES
     ):
-        rows = (first + tl.arange(0, BLOCK_M))[:, None]
+        row = first + tl.arange(0, BLOCK_M)
+        rows = row[:, None]
         inside = (rows < M) & (columns < H)
         dy = tl.load(dy_ptr + rows * stride_dym + columns, mask=inside, other=0.0).to(tl.float32)
         if dweight_ptr is not None:
             x = tl.load(x_ptr + rows * stride_xm + columns, mask=inside, other=0.0).to(tl.float32)
             if mean_ptr is not None:
-                x -= tl.load(mean_ptr + rows, mask=rows < M, other=0.0)
-            weighted += dy * (x * tl.load(rstd_ptr + rows, mask=rows < M, other=0.0))
+                x -= tl.load(mean_ptr + row, mask=row < M, other=0.0)[:, None]
+            weighted += dy * (x * tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None])
         if dbias_ptr is not None:
             plain += dy
     at = split * H + columns

@@ -20,7 +20,7 @@ def row_tile(features: int) -> Tile:
     """Whole rows: as many short ones as give a thread 32 values, one long one."""
     columns = next_power_of_2(features)
     rows = min(max(4096 // columns, 1), 32) if columns <= 1024 else 1
-    warps = {4096: 8, 8192: 16, 16384: 16}.get(columns, 4)
+    warps = max(columns // 1024, 4)
     return Tile(rows, columns, warps, 1)
 
 
@@ -28,7 +28,7 @@ def row_tile(features: int) -> Tile:
 def gradient_tile(features: int) -> Tile:
     """As `row_tile`, for twice the operands."""
     tile = row_tile(features)
-    return Tile(tile.rows, tile.columns, 32 if tile.columns == 16384 else tile.warps, 1)
+    return Tile(tile.rows, tile.columns, max(tile.columns // 512, 4), 1)
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def sums_tile(capability: int, features: int, bytes_per_element: int) -> Tile | 
     """
     if features > _MAX_SUMMED_FEATURES:
         return None
-    tile = row_tile(features)
+    tile = gradient_tile(features)
     step = tile.rows * tile.columns * bytes_per_element
     stages = 3 if step <= _THREE_STAGES else 2 if step <= _TWO_STAGES else 1
     # Without asynchronous copies more stages only cost registers.

@@ -44,8 +44,10 @@ def _rms_norm_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    columns = tl.arange(0, BLOCK_H)[None, :]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = row[:, None]
+    column = tl.arange(0, BLOCK_H)
+    columns = column[None, :]
     inside = (rows < M) & (columns < H)
     x = tl.load(x_ptr + rows * stride_xm + columns, mask=inside, other=0.0)
     if residual_ptr is not None:
@@ -53,14 +55,14 @@ def _rms_norm_forward_kernel(
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + rows * H + columns, x, mask=inside)
     wide = x.to(tl.float32)
-    variance = tl.div_rn(tl.sum(wide * wide, 1, keep_dims=True), H.to(tl.float32))
+    variance = tl.div_rn(tl.sum(wide * wide, 1), H.to(tl.float32))
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    tl.store(rstd_ptr + rows, rstd, mask=rows < M)
-    y = wide * rstd
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
+    y = wide * rstd[:, None]
     if ROUND_FIRST:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
+        weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)[None, :]
         y = y * (weight_offset + weight.to(tl.float32))
     tl.store(y_ptr + rows * H + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -89,21 +91,23 @@ def _rms_norm_backward_kernel(
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_H)[None, :]
+    column = tl.arange(0, BLOCK_H)
+    columns = column[None, :]
     sums = tl.zeros((1, BLOCK_H), dtype=tl.float32)
     step = tl.num_programs(0) * BLOCK_M
     for first in tl.range(program * BLOCK_M, M, step, num_stages=STAGES):
-        rows = (first + tl.arange(0, BLOCK_M))[:, None]
+        row = first + tl.arange(0, BLOCK_M)
+        rows = row[:, None]
         inside = (rows < M) & (columns < H)
         dy = tl.load(dy_ptr + rows * stride_dym + columns, mask=inside, other=0.0)
         x = tl.load(x_ptr + rows * stride_xm + columns, mask=inside, other=0.0)
-        rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)[:, None]
         g = dy.to(tl.float32)
         n = x.to(tl.float32) * rstd
         if dweight_ptr is not None:
             sums += tl.sum(g * n, 0, keep_dims=True)
         if weight_ptr is not None:
-            weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
+            weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)[None, :]
             g = g * (weight_offset + weight.to(tl.float32))
         mean = tl.sum(g * n, 1, keep_dims=True) * per_feature
         dx = rstd * (g - n * mean)
