@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from agreement import dropout_off, trainable
+from floor import floor_step
 from torch import Tensor, nn
 from training import (
     BATCH,
@@ -78,6 +79,25 @@ def test_training_step_time(paired: Callable[..., None], device: str, scenario: 
         make_step(scenario, patched, device),
         check=lambda: results,
         dtype=scenario.compute_dtype,
+        **facts(scenario),
+    )
+
+
+@pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[-1]], ids=lambda s: s.name)
+def test_training_step_against_its_floor(
+    paired: Callable[..., None], device: str, scenario: Scenario
+):
+    """ "Stock" is the matrix products and attention of the step alone: the ratio is below 1."""
+    if device != "cpu":
+        pytest.skip("the floor is written for the CPU's attention")
+    patched = fasttune.patch(lora_model(scenario, device), strict=True)
+    results = gradients(patched, scenario, device)
+    paired(
+        floor_step(scenario.dtype),
+        make_step(scenario, patched, device),
+        check=lambda: (results, results, results),  # test_training_step_time compares with stock
+        dtype=scenario.compute_dtype,
+        baseline="matrix products and attention alone",
         **facts(scenario),
     )
 

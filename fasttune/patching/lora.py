@@ -59,10 +59,7 @@ def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: A
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
     y = apply_group(x, (projection,), compute_dtype)[0]
-    node: Any = y.grad_fn
-    if node is not None:
-        backend = node.backend.name if node.backend else "dispatched"
-        state.note_fused(state.of(layer, KIND), backend, node.saved_bytes)
+    state.note_output(state.of(layer, KIND), y)
     return y
 
 
