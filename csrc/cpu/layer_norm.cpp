@@ -12,23 +12,20 @@ struct Moments {
   float mean, rstd;
 };
 
-// The corrected two-pass algorithm (Chan, Golub and LeVeque, 1983): the sum of the deviations,
-// which would be zero without rounding, corrects the mean and the variance.
+// Two passes: the variance is that of the deviations from the mean. (Adding up the deviations to
+// correct the mean would make it worse where it is small: all values of one binade round alike when
+// the same number is subtracted.)
 template <typename X>
 inline Moments moments(const typename X::type* row, int64_t cols, double eps) {
-  const float count = static_cast<float>(cols);
   const float total = sum_columns<1>(cols, [&](int64_t j, auto lanes, auto& sums) {
     sums[0] += load_lanes(X{}, row + j, lanes);
   })[0];
-  const float first = total / count;
-  const auto [deviations, squares] = sum_columns<2>(cols, [&](int64_t j, auto lanes, auto& sums) {
-    const vr d = existing(load_lanes(X{}, row + j, lanes) - all(first), lanes);
-    sums[0] += d;
-    sums[1] += d * d;
-  });
-  const float correction = deviations / count;
-  const double variance = static_cast<double>(squares) / cols - correction * correction;
-  return {first + correction, reciprocal_root(std::max(variance, 0.0) + eps)};
+  const float mean = total / static_cast<float>(cols);
+  const double squares = sum_columns<1>(cols, [&](int64_t j, auto lanes, auto& sums) {
+    const vr d = existing(load_lanes(X{}, row + j, lanes) - all(mean), lanes);
+    sums[0] += d * d;
+  })[0];
+  return {mean, reciprocal_root(squares / cols + eps)};
 }
 
 template <typename X, typename Y>

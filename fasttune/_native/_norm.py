@@ -19,13 +19,15 @@ ROWS_AT_ONCE = 4
 
 def vector(name: str, x: Tensor | None, offset: float, cols: int) -> Any:
     """x [H] plus offset (None: one for a scale, nothing for a bias), with room for it in fp32."""
-    if x is None:
-        return cpu().NormVector(0, 0, 0.0, scratch(name, 1, cols).data_ptr())
-    if x.stride(0) != 1:
-        x = x.contiguous()
-    converted = x.dtype != torch.float32 or offset != 0.0
-    room = scratch(name, 1, cols).data_ptr() if converted else 0
-    return cpu().NormVector(x.data_ptr(), DTYPE_CODES[x.dtype], offset, room)
+    make = cpu().NormVector
+    if x is not None and x.dtype == torch.float32 and offset == 0.0:
+        return make(x.data_ptr(), 0, 0.0, 0)
+    room = scratch(name, 1, cols).data_ptr()
+    return (
+        make(0, 0, 0.0, room)
+        if x is None
+        else make(x.data_ptr(), DTYPE_CODES[x.dtype], offset, room)
+    )
 
 
 def parts(rows: int, summed: bool) -> int:

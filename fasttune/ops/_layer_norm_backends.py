@@ -11,7 +11,7 @@ from torch import Tensor
 from fasttune import _native, _registry
 from fasttune.ops import _layer_norm_reference, _support, _triton
 from fasttune.ops._arguments import accumulator
-from fasttune.ops._norms import cpu_supports, triton_supports
+from fasttune.ops._norms import cpu_supports, dense, triton_supports
 
 
 def _forward_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +72,7 @@ def _forward_with(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = kernels.layer_norm_forward(
-        x, weight, bias, eps=eps, weight_offset=weight_offset, out_dtype=out_dtype
+        x, dense(weight), dense(bias), eps=eps, weight_offset=weight_offset, out_dtype=out_dtype
     )
     return y, mean, rstd
 
@@ -88,7 +88,13 @@ def _add_forward_with(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, s, mean, rstd = kernels.add_layer_norm_forward(
-        x, residual, weight, bias, eps=eps, weight_offset=weight_offset, out_dtype=out_dtype
+        x,
+        residual,
+        dense(weight),
+        dense(bias),
+        eps=eps,
+        weight_offset=weight_offset,
+        out_dtype=out_dtype,
     )
     return y, s, mean, rstd
 
@@ -109,7 +115,7 @@ def _backward_with(
     grads = kernels.layer_norm_backward(
         dy,
         x,
-        weight,
+        dense(weight),
         mean,
         rstd,
         addend,

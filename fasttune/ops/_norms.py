@@ -22,6 +22,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """vector [H] with unit stride, as the kernels take it."""
+    return None if vector is None else vector.contiguous()
+
+
 def shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """y [M, H] in another shape, and no view: `y *= s` must work on what a Function returns."""
     if y.shape == shape:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fasttune import _native, _registry
 from fasttune.ops import _rms_norm_reference, _support, _triton
 from fasttune.ops._arguments import accumulator
-from fasttune.ops._norms import cpu_supports, triton_supports
+from fasttune.ops._norms import cpu_supports, dense, triton_supports
 
 
 def _forward_fake(x: Tensor, weight: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def _forward_with(
 ) -> tuple[Tensor, Tensor]:
     y, rstd = kernels.rms_norm_forward(
         x,
-        weight,
+        dense(weight),
         eps=eps,
         weight_offset=weight_offset,
         round_first=round_first,
@@ -89,7 +89,7 @@ def _add_forward_with(
     y, s, rstd = kernels.add_rms_norm_forward(
         x,
         residual,
-        weight,
+        dense(weight),
         eps=eps,
         weight_offset=weight_offset,
         round_first=round_first,
@@ -112,7 +112,7 @@ def _backward_with(
     grads = kernels.rms_norm_backward(
         dy,
         x,
-        weight,
+        dense(weight),
         rstd,
         addend,
         weight_offset=weight_offset,
