@@ -18,6 +18,8 @@ _SMALL_LAYER = 1 << 16
 # What one kernel of torch does, ours does in as many microseconds and a few dozen more; below this
 # the memory that a recipe saves is not worth them.
 _MIN_ELEMENTS_OF_ONE_KERNEL = 1 << 18
+# The fixed cost of a call of our attention is that of a few ten thousand scores.
+_MIN_ATTENTION_SCORES = 1 << 16
 
 
 def too_few_rows(x: Tensor, weight: Tensor) -> bool:
@@ -71,6 +73,15 @@ def worth_replacing(operations: int, x: Tensor) -> bool:
     return _registry.forced_backend() is not None
 
 
-def attention_is_faster(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """True where our attention beats torch's: on the CPU; GPUs have their vendor's."""
-    return q.device.type == "cpu" and type(q) is Tensor and q.dim() == 4
+def attention_is_faster(q: Tensor, k: Tensor) -> bool:
+    """True where our attention beats torch's: on the CPU, unless the call is tiny; GPUs have their
+    vendor's.
+
+    Args:
+        q: [B, Hq, S, D].
+        k: [B, Hk, T, D].
+    """
+    if q.device.type != "cpu" or type(q) is not Tensor or q.dim() != 4:
+        return False
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return scores >= _MIN_ATTENTION_SCORES or _registry.forced_backend() is not None

@@ -185,7 +185,7 @@ def _attention(
     call = None
     if not args:
         call = transformers.sdpa_call(module, query, key, attention_mask, kwargs)
-    if call is None or not attention_is_faster(query, key, value, call.mask):
+    if call is None or not attention_is_faster(query, key):
         return original(module, query, key, value, attention_mask, *args, **kwargs)
     y = apply_attention(query, key, value, mask=call.mask, causal=call.causal, scale=call.scale)
     state.note_output(_running.records[-1], y)

@@ -98,6 +98,7 @@ def test_a_family_is_fused_and_equals_stock(
 ) -> None:
     # Fuse also what is too small here to gain.
     monkeypatch.setattr(policy, "_MIN_ELEMENTS_OF_ONE_KERNEL", 0)
+    monkeypatch.setattr(policy, "_MIN_ATTENTION_SCORES", 0)
     model = with_lora(family.build(dtype)).train()
     batch = family.batch(dtype)
     keys = list(model.state_dict())

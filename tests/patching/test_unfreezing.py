@@ -105,3 +105,11 @@ def test_the_inputs_of_projections_are_rebuilt_not_kept() -> None:
     rows, hidden, wide, layers = 80, 64, 96, 2
     # Two normed inputs and the hidden state of the MLP, per layer, at the least.
     assert kept - saved_bytes(model) >= layers * rows * (2 * hidden + wide) * 4
+
+
+def test_a_call_without_gradients_counts_as_fused() -> None:
+    model = fasttune.patch(with_lora(tiny_llama()).train(), strict=True)
+    model.requires_grad_(False)
+    model(**batch())
+    report = fasttune.report(model)
+    assert report["lora"].fused == 14 and report["lora"].pending == 0
