@@ -10,10 +10,19 @@ import torch
 from tiny_models import tiny_llama, with_lora
 from torch import nn
 
+from fasttune.ops import policy
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fuse_small_inputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are fused although nothing is gained, except where a test is about that."""
+    if not request.node.get_closest_marker("limits"):
+        monkeypatch.setattr(policy, "limits", policy.NO_LIMITS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,43 +11,62 @@ from fasttune import _native, _registry, _torch
 from fasttune.ops import _triton
 from fasttune.ops.lora_linear import LoraProjection
 
-# Where fused is not faster than PEFT's own forward on the CPU (bench/results, lora_linear): below
-# these rows the fixed cost of a call is not paid back; below _SMALL_LAYER all is fixed cost.
-_MIN_ROWS = 64
-TOO_FEW_ROWS = f"below {_MIN_ROWS} rows the fused path is not faster"
-_MIN_ROWS_FP32_WITHOUT_DROPOUT = 1024
-_SMALL_LAYER = 1 << 16
-# What one kernel of torch does, ours does in as many microseconds and a few dozen more; below this
-# the memory that a recipe saves is not worth them.
-_MIN_ELEMENTS_OF_ONE_KERNEL = 1 << 18
-# The fixed cost of a call of our attention is that of a few ten thousand scores.
-_MIN_ATTENTION_SCORES = 1 << 16
+
+@dataclass(frozen=True)
+class Limits:
+    """The smallest calls on the CPU that the fused path is not slower for, in elements.
+
+    Measured per module, forward and backward (bench/results, small inputs): what a fused call
+    saves grows with the input, its fixed cost does not.
+
+    Attributes:
+        lora_dropout: inputs and outputs of a LoRA layer with dropout.
+        lora_16bit, lora_fp32, lora_autocast: the same without dropout, where PEFT runs few
+            kernels. The branch stays in the adapter's dtype under autocast, where torch rounds it
+            to 16 bits: least is gained there.
+        kernels: input of a norm that is several kernels of torch.
+        one_kernel: input of a module that is one kernel of torch already.
+        mlp: input of a gated MLP.
+        attention_scores: B x Hq x S x T.
+    """
+
+    lora_dropout: int = 1 << 16
+    lora_16bit: int = 1 << 19
+    lora_fp32: int = 1 << 20
+    lora_autocast: int = 1 << 21
+    kernels: int = 1 << 14
+    one_kernel: int = 1 << 18
+    mlp: int = 1 << 16
+    attention_scores: int = 1 << 16
 
 
-def too_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """True if PEFT's own forward is faster for an input this small; cheap enough to ask first."""
-    if not x.is_cpu or x.numel() >= _MIN_ROWS * x.shape[-1] or weight.numel() < _SMALL_LAYER:
+NO_LIMITS = Limits(0, 0, 0, 0, 0, 0, 0, 0)
+limits = Limits()  # tests on tiny models put NO_LIMITS here
+
+TOO_SMALL = "the original forward is as fast for an input this small"
+
+
+def lora_too_small(x: Tensor, weight: Tensor) -> bool:
+    """True if PEFT's own forward is faster, dropout or not; cheap enough to ask first."""
+    if not x.is_cpu or _elements(x, weight) >= limits.lora_dropout:
         return False
     return _registry.forced_backend() is None
 
 
-def slower_than_stock(x: Tensor, projection: LoraProjection) -> str | None:
-    """Why PEFT's own forward is faster for this call, or None.
+def lora_not_faster(x: Tensor, projection: LoraProjection) -> bool:
+    """True if PEFT's own forward is faster for these branches."""
+    if not x.is_cpu or any(branch.dropout_p > 0 for branch in projection.branches):
+        return False
+    if _torch.autocast_dtype("cpu") is not None:
+        limit = limits.lora_autocast
+    else:
+        limit = limits.lora_fp32 if x.dtype == torch.float32 else limits.lora_16bit
+    return _elements(x, projection.weight) < limit and _registry.forced_backend() is None
 
-    From CPU measurements with rank 16: with dropout or a 16-bit base the fused path wins from a few
-    dozen rows; in fp32 without dropout it only draws level at about 1024 rows.
-    """
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        return None
-    if projection.weight.numel() < _SMALL_LAYER or _torch.autocast_dtype("cpu") is not None:
-        return None
-    rows = x.numel() // max(x.shape[-1], 1)
-    limit = _MIN_ROWS_FP32_WITHOUT_DROPOUT
-    if rows >= limit or any(branch.dropout_p > 0 for branch in projection.branches):
-        return None
-    if _registry.forced_backend() is not None:
-        return None
-    return f"in fp32 without dropout the fused path is not faster below {limit} rows"
+
+def _elements(x: Tensor, weight: Tensor) -> int:
+    """Of the input and the output of x W^T."""
+    return x.numel() // max(x.shape[-1], 1) * sum(weight.shape)
 
 
 def fast_backend_missing(device_type: str) -> str | None:
@@ -61,16 +82,20 @@ def fast_backend_missing(device_type: str) -> str | None:
     return f"no kernels for device {device_type}"
 
 
-def worth_replacing(operations: int, x: Tensor) -> bool:
-    """True unless a module is one kernel of torch already and the input too small to gain.
+def row_wise_too_small(operations: int, x: Tensor) -> bool:
+    """True if torch's kernels are faster for a norm or an activation of this input.
 
     Args:
         operations: operators of torch that the module's own forward dispatches.
         x: its input.
     """
-    if operations > 1 or not x.is_cpu or x.numel() >= _MIN_ELEMENTS_OF_ONE_KERNEL:
-        return True
-    return _registry.forced_backend() is not None
+    limit = limits.kernels if operations > 1 else limits.one_kernel
+    return x.is_cpu and x.numel() < limit and _registry.forced_backend() is None
+
+
+def mlp_too_small(x: Tensor) -> bool:
+    """True if a gated MLP of this input gains nothing."""
+    return x.is_cpu and x.numel() < limits.mlp and _registry.forced_backend() is None
 
 
 def attention_is_faster(q: Tensor, k: Tensor) -> bool:
@@ -84,4 +109,4 @@ def attention_is_faster(q: Tensor, k: Tensor) -> bool:
     if q.device.type != "cpu" or type(q) is not Tensor or q.dim() != 4:
         return False
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return scores >= _MIN_ATTENTION_SCORES or _registry.forced_backend() is not None
+    return scores >= limits.attention_scores or _registry.forced_backend() is not None

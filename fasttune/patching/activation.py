@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
-from fasttune.ops.policy import worth_replacing
+from fasttune.ops.policy import TOO_SMALL, row_wise_too_small
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.session import Session
 from fasttune.reason import Reason
@@ -32,7 +32,7 @@ class ActivationPlan:
 
 # Two ways to write one function differ by a few roundings of fp64, two functions by far more.
 _RTOL, _ATOL = 1e-9, 1e-13
-_SMALL = Reason("torch's own kernel is as fast for an input this small", expected=True)
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
@@ -94,8 +94,8 @@ def prove(module: nn.Module) -> ActivationPlan | None:
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
     reason = guard.why_original(module, x, args, kwargs)
-    if reason is None and not worth_replacing(record.plan.operations, x):
-        reason = _SMALL
+    if reason is None and row_wise_too_small(record.plan.operations, x):
+        reason = _TOO_SMALL
     if reason is None:
         y = apply_bias_activation(x, None, activation=record.plan.name)
         state.note_output(record, y)

@@ -12,17 +12,17 @@ from fasttune.integrations import peft
 from fasttune.ops import LoraProjection
 from fasttune.ops.lora_linear import apply_group
 from fasttune.ops.policy import (
-    TOO_FEW_ROWS,
+    TOO_SMALL,
     fast_backend_missing,
-    slower_than_stock,
-    too_few_rows,
+    lora_not_faster,
+    lora_too_small,
 )
 from fasttune.patching import state, swap
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "lora"
-_TOO_FEW_ROWS = Reason(TOO_FEW_ROWS, expected=True)
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
@@ -47,10 +47,9 @@ def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: A
     reason = _why_original(layer, x, args, kwargs)
     if reason is None:
         projection = peft.projection(layer)
-        slower = slower_than_stock(x, projection)
-        if slower is None:
+        if not lora_not_faster(x, projection):
             return _fused(layer, x, projection)
-        reason = Reason(slower, expected=True)
+        reason = _TOO_SMALL
     if not torch.compiler.is_compiling():
         state.note_fallback(state.of(layer, KIND), reason)
     return original(layer, x, *args, **kwargs)
@@ -67,8 +66,8 @@ def _why_original(
     layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
     weight = peft.base_weight(layer)
-    if type(x) is Tensor and x.dim() and weight is not None and too_few_rows(x, weight):
-        return _TOO_FEW_ROWS
+    if type(x) is Tensor and x.dim() and weight is not None and lora_too_small(x, weight):
+        return _TOO_SMALL
     reason = peft.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.glu import apply_glu
+from fasttune.ops.policy import TOO_SMALL, mlp_too_small
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.activation import close
 from fasttune.patching.session import Session
 from fasttune.reason import Reason
 
 KIND = "mlp"
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _ROWS, _FEATURES = 3, 24
 _MOST_CHILDREN = 8
 
@@ -171,6 +173,8 @@ def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any
         reason = Reason("an attribute changed since fasttune.patch")
     if reason is None:
         reason = _why_dtypes_differ(module, plan)
+    if reason is None and mlp_too_small(x):
+        reason = _TOO_SMALL
     if reason is not None:
         if reason is not guard.COMPILED:
             state.note_fallback(record, reason)

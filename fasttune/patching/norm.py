@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from fasttune import _registry, _torch
 from fasttune.ops.layer_norm import apply_layer_norm
-from fasttune.ops.policy import worth_replacing
+from fasttune.ops.policy import TOO_SMALL, row_wise_too_small
 from fasttune.ops.rms_norm import apply_rms_norm
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.session import Session
 from fasttune.reason import Reason
 
 KIND = "norm"
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
 # x dtype, parameter dtype
 _COMBINATIONS = (
@@ -236,8 +237,8 @@ def _why_original(module: nn.Module, formula: Formula, x: Tensor) -> Reason | No
     key = (x.dtype, weight_dtype, None if autocast is None else _BF16)
     if key not in formula.proven:
         return Reason(f"not proven for input {x.dtype} and weight {weight_dtype}")
-    if not worth_replacing(formula.operations, x):
-        return Reason("torch's own kernel is as fast for an input this small", expected=True)
+    if row_wise_too_small(formula.operations, x):
+        return _TOO_SMALL
     return None
 
 

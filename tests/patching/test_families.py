@@ -17,7 +17,6 @@ from tiny_models import gradients, with_lora
 from torch import Tensor, nn
 
 import fasttune
-from fasttune.ops import policy
 from fasttune.testing.families import FAMILIES, Family
 
 # Norms of many errors vary less than their maxima, but a chain of layers multiplies what differs.
@@ -94,11 +93,8 @@ def in_double(batch: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_a_family_is_fused_and_equals_stock(
-    family: Family, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    family: Family, dtype: torch.dtype
 ) -> None:
-    # Fuse also what is too small here to gain.
-    monkeypatch.setattr(policy, "_MIN_ELEMENTS_OF_ONE_KERNEL", 0)
-    monkeypatch.setattr(policy, "_MIN_ATTENTION_SCORES", 0)
     model = with_lora(family.build(dtype)).train()
     batch = family.batch(dtype)
     keys = list(model.state_dict())

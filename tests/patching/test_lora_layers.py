@@ -318,13 +318,15 @@ def test_save_load_merge_round_trip(make_lora_model, batch, tmp_path):
         assert torch.allclose(merged(**batch).logits, expected, atol=1e-5)
 
 
+@pytest.mark.limits
 @pytest.mark.parametrize(
     ("rows", "dropout", "dtype", "fused"),
     [
         (16, 0.1, torch.float32, False),
         (64, 0.1, torch.float32, True),
         (256, 0.0, torch.float32, False),
-        (256, 0.0, torch.bfloat16, True),
+        (256, 0.0, torch.bfloat16, False),
+        (512, 0.0, torch.bfloat16, True),
         (1024, 0.0, torch.float32, True),
     ],
 )
@@ -337,4 +339,4 @@ def test_the_original_path_runs_where_it_is_faster(rows, dropout, dtype, fused):
     model(torch.randn(rows, 512, dtype=dtype))
     layer = next(iter(fasttune.explain(model).layers))
     assert layer.path == ("fused" if fused else "original")
-    assert fused or "not faster" in next(iter(layer.fallbacks))
+    assert fused or "as fast" in next(iter(layer.fallbacks))
