@@ -64,7 +64,10 @@ def in_wide(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> d
     model.to(dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    wide = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    wide = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in batch.items()
+    }
     return results(model, wide)
 
 

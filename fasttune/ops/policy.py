@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,20 +27,24 @@ class Limits:
         kernels: input of a norm that is several kernels of torch.
         one_kernel: input of a module that is one kernel of torch already.
         mlp: input of a gated MLP.
+        rope: q and k of a rotary embedding.
         attention_scores: B x Hq x S x T.
+        logits: rows x vocabulary of the head below a loss.
     """
 
     lora_dropout: int = 1 << 16
     lora_16bit: int = 1 << 19
     lora_fp32: int = 1 << 20
     lora_autocast: int = 1 << 21
-    kernels: int = 1 << 14
+    kernels: int = 1 << 15
     one_kernel: int = 1 << 18
     mlp: int = 1 << 16
+    rope: int = 1 << 15
     attention_scores: int = 1 << 16
+    logits: int = 1 << 18
 
 
-NO_LIMITS = Limits(0, 0, 0, 0, 0, 0, 0, 0)
+NO_LIMITS = Limits(*(0 for _ in fields(Limits)))
 limits = Limits()  # tests on tiny models put NO_LIMITS here
 
 TOO_SMALL = "the original forward is as fast for an input this small"
@@ -96,6 +100,18 @@ def row_wise_too_small(operations: int, x: Tensor) -> bool:
 def mlp_too_small(x: Tensor) -> bool:
     """True if a gated MLP of this input gains nothing."""
     return x.is_cpu and x.numel() < limits.mlp and _registry.forced_backend() is None
+
+
+def rope_too_small(q: Tensor, k: Tensor) -> bool:
+    """True if torch's kernels are faster for a rotary embedding of these."""
+    return q.is_cpu and q.numel() + k.numel() < limits.rope and _registry.forced_backend() is None
+
+
+def loss_too_small(hidden: Tensor, vocabulary: int) -> bool:
+    """True if the logits [rows, vocabulary] of hidden [*, H] are so few that torch is faster."""
+    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    small = hidden.is_cpu and rows * vocabulary < limits.logits
+    return small and _registry.forced_backend() is None
 
 
 def attention_is_faster(q: Tensor, k: Tensor) -> bool:

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from fasttune import _torch
 from fasttune.integrations import transformers
 from fasttune.ops.attention import apply_attention
-from fasttune.ops.policy import attention_is_faster, fast_backend_missing
+from fasttune.ops.policy import (
+    TOO_SMALL,
+    attention_is_faster,
+    fast_backend_missing,
+    rope_too_small,
+)
 from fasttune.ops.rope import apply_rope
 from fasttune.patching import guard, rebind, rotary, state, swap
 from fasttune.patching.session import Session
@@ -28,6 +33,7 @@ from fasttune.reason import Reason
 
 KIND = "attention"
 _ARGUMENTS = 4  # q, k, cos, sin
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _NOTHING_OF_OURS = Reason("its attention is not sdpa, or torch's sdpa is as fast", expected=True)
 
 
@@ -167,6 +173,8 @@ def _why_rotary_original(
         return Reason("the angles of the rotary embedding are trained")
     if k.dtype != q.dtype or (q.dtype, cos.dtype) not in rotation.proven or cos.dtype != sin.dtype:
         return Reason(f"rotary embedding of {q.dtype} by {cos.dtype} is not proven")
+    if rope_too_small(q, k):
+        return _TOO_SMALL
     missing = fast_backend_missing(q.device.type)
     return None if missing is None else Reason(missing)
 

@@ -20,7 +20,7 @@ from fasttune import _torch
 from fasttune.integrations import peft, transformers
 from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
-from fasttune.ops.policy import fast_backend_missing
+from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, loss_too_small
 from fasttune.patching import state, swap
 from fasttune.patching.lazy_logits import LazyLogits, Snapshot, head_width
 from fasttune.patching.session import EXCLUDED, Session
@@ -28,6 +28,7 @@ from fasttune.reason import Reason
 
 KIND = "loss"
 HEAD = "head"
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _OWN_LOSS = Reason("the model computes its loss itself, without its loss_function")
 
 
@@ -78,18 +79,18 @@ def uninstall_loss_function(causal: nn.Module) -> None:
 
 
 class _Armed(threading.local):
-    """Heads that return LazyLogits on this thread, by identity."""
+    """Heads that return LazyLogits on this thread, by identity, with their model's record."""
 
     def __init__(self) -> None:
-        self.heads: list[nn.Module] = []
+        self.heads: list[tuple[nn.Module, state.ModuleState]] = []
 
 
 _armed = _Armed()
 
 
 @contextlib.contextmanager
-def _arm(head: nn.Module) -> Iterator[None]:
-    _armed.heads.append(head)
+def _arm(head: nn.Module, record: state.ModuleState) -> Iterator[None]:
+    _armed.heads.append((head, record))
     try:
         yield
     finally:
@@ -113,7 +114,7 @@ def _model_forward(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -
         state.note_fallback(record, reason)
         return original(model, *args, **kwargs)
     before = record.calls
-    with _arm(transformers.head(model)):
+    with _arm(transformers.head(model), record):
         output = original(model, *args, **kwargs)
     if record.calls == before:
         state.note_fallback(record, _OWN_LOSS)
@@ -172,8 +173,11 @@ def _warn_of_new_adapters(model: nn.Module) -> None:
 
 
 def _head_forward(head: nn.Module, original: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    armed = any(candidate is head for candidate in _armed.heads)
-    if not armed or args or kwargs or type(hidden) is not Tensor:
+    record = next((record for candidate, record in _armed.heads if candidate is head), None)
+    if record is None or args or kwargs or type(hidden) is not Tensor:
+        return original(head, hidden, *args, **kwargs)
+    if hidden.dim() and loss_too_small(hidden, head_width(head)):
+        state.note_fallback(record, _TOO_SMALL)
         return original(head, hidden, *args, **kwargs)
     return LazyLogits(hidden, head, project, snapshot)
 

@@ -92,9 +92,7 @@ def in_double(batch: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_a_family_is_fused_and_equals_stock(
-    family: Family, dtype: torch.dtype
-) -> None:
+def test_a_family_is_fused_and_equals_stock(family: Family, dtype: torch.dtype) -> None:
     model = with_lora(family.build(dtype)).train()
     batch = family.batch(dtype)
     keys = list(model.state_dict())

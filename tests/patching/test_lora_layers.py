@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -340,3 +341,18 @@ def test_the_original_path_runs_where_it_is_faster(rows, dropout, dtype, fused):
     layer = next(iter(fasttune.explain(model).layers))
     assert layer.path == ("fused" if fused else "original")
     assert fused or "as fast" in next(iter(layer.fallbacks))
+
+
+@pytest.mark.limits
+def test_a_tiny_model_is_left_to_torch_bit_for_bit(make_lora_model, batch):
+    model = make_lora_model(lora_dropout=0.0)
+    stock = copy.deepcopy(model)
+    fasttune.patch(model, strict=True)
+    for each in (stock, model):
+        each(**batch).loss.backward()
+    ours, theirs = gradients(model), gradients(stock)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    layers = fasttune.explain(model).layers
+    assert {layer.path for layer in layers} == {"original"}
+    kinds = {layer.kind for layer in layers if "as fast" in str(layer.fallbacks)}
+    assert kinds == {"lora", "loss", "norm", "mlp", "attention"}
