@@ -130,10 +130,9 @@ PYBIND11_MODULE(_cpu, m) {
       release());
   m.def(
       "lora_expand",
-      [](uintptr_t t, uintptr_t panel, int64_t rank, uintptr_t addend, int64_t addend_stride,
-         uintptr_t bias, const Dropout& dropout, const MutableMatrix& out, int threads) {
-        const ExpandTerms terms{pointer<const float>(addend), addend_stride,
-                                pointer<const float>(bias)};
+      [](uintptr_t t, uintptr_t panel, int64_t rank, const Matrix* addend, uintptr_t bias,
+         const Dropout& dropout, const MutableMatrix& out, int threads) {
+        const ExpandTerms terms{addend, pointer<const float>(bias)};
         kernels().lora_expand(pointer<const float>(t), pointer<const float>(panel), rank, terms,
                               dropout, out, threads);
       },

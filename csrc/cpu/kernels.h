@@ -27,9 +27,8 @@ struct MutableMatrix {
 
 // What lora_expand adds before it rounds; null pointers where absent.
 struct ExpandTerms {
-  const float* addend;    // [M, N] fp32
-  int64_t addend_stride;  // of addend
-  const float* bias;      // [N] fp32
+  const Matrix* addend;  // [M, N], fp32 or of the dtype of the output
+  const float* bias;     // [N] fp32
 };
 
 struct RowLossOptions {

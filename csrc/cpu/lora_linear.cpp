@@ -77,6 +77,20 @@ void outer_columns(E element, const Matrix& x, const float* t, int64_t rank, int
   }
 }
 
+// The addend's lanes from (row, col) on: fp32 or of the output's dtype.
+template <typename E>
+inline vf load_addend(E, const Matrix& addend, int64_t row, int64_t col) {
+  const int64_t at = row * addend.stride + col;
+  if (addend.dtype == DType::kFloat32) return load(static_cast<const float*>(addend.data) + at);
+  return E::load(static_cast<const typename E::type*>(addend.data) + at);
+}
+template <typename E>
+inline float load_addend_one(E, const Matrix& addend, int64_t row, int64_t col) {
+  const int64_t at = row * addend.stride + col;
+  if (addend.dtype == DType::kFloat32) return static_cast<const float*>(addend.data)[at];
+  return E::load_one(static_cast<const typename E::type*>(addend.data) + at);
+}
+
 // One row of `width` (at most kMaskSpan) outputs, starting at column col.
 template <typename E, int Vectors>
 inline void expand_rows(E, const float* t, const float* panel, int64_t rank,
@@ -101,8 +115,7 @@ inline void expand_rows(E, const float* t, const float* panel, int64_t rank,
     auto* target = static_cast<typename E::type*>(out.data) + (row + i) * out.stride + col;
     for (int v = 0; v < Vectors; ++v) {
       vf value = keep_lanes(acc[i][v], static_cast<uint32_t>(bits >> (v * kLanes)) & 0xffffu);
-      if (terms.addend)
-        value += load(terms.addend + (row + i) * terms.addend_stride + col + v * kLanes);
+      if (terms.addend) value += load_addend(E{}, *terms.addend, row + i, col + v * kLanes);
       if (terms.bias) value += load(terms.bias + col + v * kLanes);
       E::store(target + v * kLanes, value);
     }
@@ -120,7 +133,7 @@ void expand_tail(E, const float* t, const float* panel, int64_t rank, const Expa
     float value = 0.0f;
     for (int64_t r = 0; r < rank; ++r) value += t[row * rank + r] * panel[r * out.cols + j];
     if (!(bits >> (j % kMaskSpan) & 1u)) value = 0.0f;
-    if (terms.addend) value += terms.addend[row * terms.addend_stride + j];
+    if (terms.addend) value += load_addend_one(E{}, *terms.addend, row, j);
     if (terms.bias) value += terms.bias[j];
     E::store_one(static_cast<typename E::type*>(out.data) + row * out.stride + j, value);
   }

@@ -59,7 +59,7 @@ def lora_up(
     bias: Tensor | None,  # [N]
     *,
     out_dtype: torch.dtype,
-    addend: Tensor | None = None,  # [M, N] fp32
+    addend: Tensor | None = None,  # [M, N], fp32 or of the output's dtype
     out: Tensor | None = None,  # [M, N]
 ) -> Tensor:
     """y0 [M, N] = addend + bias + t B^T, rounded once; written into ``out`` if given. R may be
@@ -139,13 +139,14 @@ def lora_down_backward(
 def _expand(
     t: Tensor, panel: Tensor, bias: Tensor | None, dropout: Any, out: Tensor, addend: Tensor | None
 ) -> None:
+    if addend is not None and addend.dtype not in (torch.float32, out.dtype):
+        raise TypeError(f"addend: expected torch.float32 or {out.dtype}, got {addend.dtype}")
     bias_fp32 = None if bias is None else fp32(bias)
     cpu().lora_expand(
         t.data_ptr(),
         panel.data_ptr(),
         t.shape[1],
-        0 if addend is None else addend.data_ptr(),
-        0 if addend is None else addend.stride(0),
+        None if addend is None else matrix(addend),
         0 if bias_fp32 is None else bias_fp32.data_ptr(),
         dropout,
         matrix(out, mutable=True),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,11 +53,28 @@ def other_tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+# Layers that run a quantised base and then add the branches as lora.Linear does: read and tested
+# one by one, because their forwards differ in details.
+_QUANTISED = {
+    *{("peft.tuners.lora.bnb", "Linear8bitLt"), ("peft.tuners.lora.bnb", "Linear4bit")},
+    *{("peft.tuners.lora.torchao", "TorchaoLoraLinear"), ("peft.tuners.lora.hqq", "HqqLoraLinear")},
+    *{("peft.tuners.lora.gptq", "GPTQLoraLinear"), ("peft.tuners.lora.awq", "AwqLoraLinear")},
+    *{("peft.tuners.lora.aqlm", "AqlmLoraLinear"), ("peft.tuners.lora.eetq", "EetqLoraLinear")},
+}
+
+
 def is_linear(layer_class: type[nn.Module]) -> bool:
     """True for exactly PEFT's LoRA Linear: its subclasses have forwards of their own."""
     from peft.tuners.lora.layer import Linear
 
     return layer_class is Linear
+
+
+def is_linear_like(layer_class: type[nn.Module]) -> bool:
+    """True for the LoRA layers whose output is that of their base plus the branches."""
+    return is_linear(layer_class) or (
+        (layer_class.__module__, layer_class.__qualname__) in _QUANTISED
+    )
 
 
 def is_modules_to_save(module: nn.Module) -> bool:
@@ -96,9 +114,6 @@ def hooked(module: nn.Module) -> bool:
 
 def static_reason(layer: Any) -> Reason | None:
     """Why a LoRA Linear can never be fused as it is built, or None."""
-    base = layer.base_layer
-    if type(base) is not nn.Linear:
-        return Reason(f"base layer is {type(base).__name__}, not nn.Linear")
     for adapter in layer.lora_A:
         if adapter in layer.lora_variant:
             return Reason(f"LoRA variant {type(layer.lora_variant[adapter]).__name__}")
@@ -131,23 +146,43 @@ def why_original(
 
 
 def _why_base(layer: Any, x: Tensor) -> Reason | None:
-    base = layer.base_layer
-    if type(base) is not nn.Linear:
-        return Reason(f"base layer is {type(base).__name__}, not nn.Linear")
-    if hooked(base):
-        return Reason("a hook on base_layer")
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if weight is None or not _plain(weight) or (bias is not None and not _plain(bias)):
-        return Reason("base weight is quantised or sharded")
-    if weight.dtype not in _FLOATS or x.dtype not in _FLOATS:
-        return Reason(f"dtype {x.dtype} with weight {weight.dtype}")
+    if x.dtype not in _FLOATS:
+        return Reason(f"input is {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] != layer.in_features:
+        return Reason(f"input shape {tuple(x.shape)} does not fit the weight")
+    weight = plain_weight(layer)
+    if weight is None:
+        return None
     if x.device != weight.device:
         return Reason(f"input on {x.device}, weight on {weight.device}")
     if x.dtype != weight.dtype and _torch.autocast_dtype(x.device.type) is None:
         return Reason(f"input is {x.dtype} and weight {weight.dtype} outside autocast")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        return Reason(f"input shape {tuple(x.shape)} does not fit the weight")
     return None
+
+
+def plain_weight(layer: Any) -> Tensor | None:
+    """The weight [N, K] of a base layer that is x W^T + bias and nothing else, or None: then its
+    own forward must run (quantised, sharded, hooked, offloaded, or a class of its own).
+    """
+    base = layer._modules["base_layer"]
+    conv1d = type(base) is _conv1d()
+    if (type(base) is not nn.Linear and not conv1d) or hooked(base):
+        return None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if weight is None or not _plain(weight) or (bias is not None and not _plain(bias)):
+        return None
+    if weight.dtype not in _FLOATS or weight.shape[int(not conv1d)] != layer.in_features:
+        return None
+    plain: Tensor = weight.t() if conv1d else weight
+    return plain
+
+
+@lru_cache(maxsize=1)
+def _conv1d() -> type[nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    layer: type[nn.Module] = Conv1D
+    return layer
 
 
 def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
@@ -163,12 +198,6 @@ def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
         if not casts and a.dtype != x.dtype and autocast is None:
             return Reason("input casting is disabled and the adapter has another dtype")
     return None
-
-
-def base_weight(layer: nn.Module) -> Tensor | None:
-    """The weight of the base layer without nn.Module's slow attribute path, None if it has none."""
-    base = layer._modules.get("base_layer")
-    return None if base is None else base._parameters.get("weight")
 
 
 def active(layer: Any) -> list[str]:
@@ -217,14 +246,24 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
-def projection(layer: Any) -> LoraProjection:
-    """The base layer and the active adapters of a LoRA Linear, in the order PEFT adds them."""
-    branches = []
+def projection(layer: Any, x: Tensor) -> LoraProjection:
+    """The base layer and the active adapters of a LoRA Linear, in the order PEFT adds them.
+
+    A base whose own forward must run is run here, on x.
+    """
+    weight = plain_weight(layer)
+    if weight is None:
+        return LoraProjection(None, None, branches(layer), base=layer.base_layer(x))
+    return LoraProjection(weight, layer.base_layer.bias, branches(layer))
+
+
+def branches(layer: Any) -> tuple[LoraBranch, ...]:
+    """The active adapters of a LoRA Linear, in the order PEFT adds them."""
+    found = []
     for adapter in active(layer):
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
         dropout = layer.lora_dropout[adapter]
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         scaling, bias = layer.scaling[adapter], up._parameters.get("bias")
-        branches.append(LoraBranch(down.weight, up.weight, scaling, bias, p))
-    base = layer.base_layer
-    return LoraProjection(base.weight, base.bias, tuple(branches))
+        found.append(LoraBranch(down.weight, up.weight, scaling, bias, p))
+    return tuple(found)

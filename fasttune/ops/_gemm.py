@@ -59,6 +59,8 @@ def as_fp32(x: Tensor, name: str) -> Tensor:
     """x, or its fp32 copy in this thread's scratch buffer ``name``."""
     if x.dtype == torch.float32:
         return x
+    if x.stride(1) != 1 and x.stride(0) == 1:  # a weight stored [K, N]
+        return as_fp32(x.t(), name).t()
     return _native.convert(x, _native.scratch(name, x.shape[0], x.shape[1]))
 
 

@@ -15,15 +15,18 @@ from fasttune.ops._lora_linear_products import Needs, backward_with, forward_wit
 
 # backends
 
-_TENSORS = "Tensor[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] lora_biases"
+_TENSORS = "Tensor?[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] lora_biases"
 _FACTS = "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, int[] counts, Tensor? seed"
 
 
 def _forward_fake(
-    x: Tensor, weights: Sequence[Tensor], biases: Any, a: Sequence[Tensor], *rest: Any
+    x: Tensor, weights: Sequence[Tensor | None], biases: Any, a: Sequence[Tensor], *rest: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    dtype = rest[-1]
-    ys = [x.new_empty(x.shape[0], w.shape[0], dtype=dtype) for w in weights]
+    dtype, bases = rest[-2:]
+    ys = [
+        torch.empty_like(base) if w is None else x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
+        for w, base in zip(weights, bases, strict=True)
+    ]
     ts = [x.new_empty(x.shape[0], f.shape[0], dtype=accumulator(dtype)) for f in a]
     return ys, ts
 
@@ -41,8 +44,8 @@ def _backward_fake(
     dy = dys[0]
     grads = []
     if need.x:
-        assert weights[0] is not None
-        grads.append(dy.new_empty(dy.shape[0], weights[0].shape[1], dtype=x_dtype))
+        columns = next(w.shape[1] for w in (*weights, *a) if w is not None)
+        grads.append(dy.new_empty(dy.shape[0], columns, dtype=x_dtype))
     sum_dtype = accumulator(dy.dtype)
     trained = [w for w, flag in zip(weights, need.w, strict=True) if flag and w is not None]
     grads += [torch.empty_like(w) for w in trained]
@@ -63,7 +66,8 @@ def _backward_fake(
 
 FORWARD = _registry.define(
     "lora_linear_fwd",
-    f"(Tensor x, {_TENSORS}, {_FACTS}, ScalarType compute_dtype) -> (Tensor[], Tensor[])",
+    f"(Tensor x, {_TENSORS}, {_FACTS}, ScalarType compute_dtype, Tensor?[] bases) "
+    "-> (Tensor[], Tensor[])",
     _forward_fake,
 )
 BACKWARD = _registry.define(

@@ -89,6 +89,7 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
         counts,
         seed,
         dtype,
+        bases,
     ) = args
     ys, ts = [], []
     for i, branches in enumerate(ranges(counts)):
@@ -111,7 +112,12 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
             [scalings[j] for j in branches],
             [scaling_tensors[j] for j in branches],
         )
-        ys.append(_add_base(prims, x, weights[i], bias, own, [b[j] for j in branches], dtype))
+        bs = [b[j] for j in branches]
+        if bases[i] is None:
+            ys.append(_add_base(prims, x, weights[i], bias, own, bs, dtype))
+        else:
+            sums = {"out_dtype": bases[i].dtype, "addend": bases[i]}
+            ys.append(prims.lora_up(_concatenate(own), _concatenate(bs), bias, **sums))
     return ys, ts
 
 
@@ -187,7 +193,7 @@ def _input_side(
     prims: ModuleType,
     dys: Sequence[Tensor],
     x: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
     ds: dict[int, Tensor],
     need: Needs,
@@ -204,7 +210,7 @@ def _input_side(
     fp32 = prims is _native and _gemm.through_fp32(dys[0].device, dys[0].dtype)
     total: Tensor | None = None
     if need.x and fp32:
-        for dy, weight in zip(dys, weights, strict=True):
+        for dy, weight in _with_weights(dys, weights):
             product = _gemm.linear_backward_fp32(dy, weight)
             if len(dys) > 1:  # the product lies in a scratch buffer that the next one reuses
                 product = product.clone() if total is None else total.add_(product)
@@ -231,9 +237,16 @@ def _input_side(
     if fp32:
         assert total is not None
         return (total if ds else total.to(dtype, copy=True)), das
-    for dy, weight in zip(dys, weights, strict=True):
+    for dy, weight in _with_weights(dys, weights):
         total = _add_product(total, dy, weight.to(dy.dtype), dtype)
     return total, das
+
+
+def _with_weights(
+    dys: Sequence[Tensor], weights: Sequence[Tensor | None]
+) -> list[tuple[Tensor, Tensor]]:
+    """The projections whose base product is ours."""
+    return [(dy, w) for dy, w in zip(dys, weights, strict=True) if w is not None]
 
 
 def _add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from fasttune.ops._lora_linear_products import Needs, bias_gradients, ranges
 
 def forward(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -25,12 +25,17 @@ def forward(
     counts: Sequence[int],
     seed: Tensor | None,
     compute_dtype: torch.dtype,
+    bases: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
     wide = accumulator(compute_dtype)
     ys, ts = [], []
     for i, branches in enumerate(ranges(counts)):
-        y = x.to(compute_dtype).to(wide) @ weights[i].to(compute_dtype).to(wide).t()
-        bias = biases[i]
+        weight, base, bias = weights[i], bases[i], biases[i]
+        if weight is not None:
+            y = x.to(compute_dtype).to(wide) @ weight.to(compute_dtype).to(wide).t()
+        else:
+            assert base is not None
+            y = base.to(wide)
         if bias is not None:
             y = y + bias.to(wide)
         for j in branches:
@@ -49,7 +54,7 @@ def forward(
             if lora_bias is not None:
                 y = y + scale * lora_bias.to(wide)
             ts.append(t)
-        ys.append(y.to(compute_dtype))
+        ys.append(y.to(compute_dtype if base is None else base.dtype))
     return ys, ts
 
 

@@ -4,6 +4,7 @@ Maths, for projection i with branches j (an active adapter each), products accum
 
     t_ij = s_ij / (1 - p_ij) (x * keep_ij) A_ij^T                             [M, R], fp32, saved
     y_i = x W_i^T + bias_i + sum_j s_ij lora_bias_ij + sum_j t_ij B_ij^T      [M, N_i]
+      (or base_i + ..., where the base layer has a forward of its own: quantised, hooked, sharded)
 
     d_ij = s_ij / (1 - p_ij) dy_i B_ij                                        [M, R], fp32
     dx = sum_i (dy_i W_i + sum_j keep_ij * (d_ij A_ij))                       [M, K]
@@ -66,11 +67,21 @@ class LoraBranch:
 
 @dataclass(frozen=True)
 class LoraProjection:
-    """A base weight [N, K], its bias [N] or None, and the branches added to it, in order."""
+    """A base and the branches added to it, in order.
 
-    weight: Tensor
+    Attributes:
+        weight: [N, K], any strides; or None with ``base``.
+        bias: [N] or None.
+        branches: the active adapters.
+        base: [*, N], what a base layer with a forward of its own (quantised, hooked, sharded) has
+            computed, in place of x W^T + bias; then ``weight`` and ``bias`` are None, there is at
+            least one branch, and the output has the dtype of ``base``.
+    """
+
+    weight: Tensor | None
     bias: Tensor | None = None
     branches: tuple[LoraBranch, ...] = ()
+    base: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,13 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, x: Tensor, seed: Tensor | None, *flat: Any) -> Any:
-        weights, biases, a, b, lora_biases, scaling_tensors = _unpack(spec, flat)
-        rows = rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
+        weights, biases, a, b, lora_biases, scaling_tensors, bases = _unpack(spec, flat)
+        m = math.prod(x.shape[:-1])
+        rows = rows_first(x, m, x.shape[-1])
         args = (
             rows, weights, biases, a, b, lora_biases, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, spec.compute_dtype,
+            [y if y is None else rows_first(y, m, y.shape[-1]) for y in bases],
         )  # fmt: skip
         if _registry.must_dispatch((x, *flat)):
             ctx.backend = None
@@ -104,7 +117,7 @@ class _LoraLinear(torch.autograd.Function):
             ctx.backend = FORWARD.select(*args)
             ys, ts = ctx.backend.run(*args)
         need_x, _, *rest = ctx.needs_input_grad[1:]
-        needs = [need_x, *rest[: len(rest) - len(scaling_tensors)]]
+        needs = [need_x, *rest[: len(rest) - len(scaling_tensors) - len(bases)]]
         need = Needs.unpack(needs, len(weights), len(a))
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
         # nothing, nor does an input that its producer can rebuild.
@@ -124,7 +137,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.saved_bytes = sum(t.numel() * t.element_size() for t in ts) if any(need.b) else 0
         ctx.saved_bytes += x.numel() * x.element_size() if keep_input else 0
         ctx.spec, ctx.needs, ctx.shape, ctx.x_dtype = spec, needs, x.shape, x.dtype
-        ctx.widths = [w.shape[0] for w in weights]
+        ctx.widths = [y.shape[-1] for y in ys]
+        ctx.has_base = [y is not None for y in bases]
         ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]
         # No views: `q *= s` on an output must work, and autograd forbids it on a view made in here.
         shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
@@ -138,7 +152,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
         spec: _Spec = ctx.spec
         n, k = len(spec.counts), len(spec.scalings)
-        nothing = (None,) * (3 + 2 * n + 4 * k)
+        nothing = (None,) * (3 + 3 * n + 4 * k)
         given = next((dy for dy in dys if dy is not None), None)
         if given is None:
             return nothing
@@ -172,7 +186,8 @@ class _LoraLinear(torch.autograd.Function):
             g if g is None else g.to(t)
             for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)
         ]
-        return None, dx, None, *dws, *dbiases, *das, *dbs, *dlora_biases, *(None,) * k
+        dbases = [dy if given else None for dy, given in zip(dys, ctx.has_base, strict=True)]
+        return None, dx, None, *dws, *dbiases, *das, *dbs, *dlora_biases, *(None,) * k, *dbases
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -186,8 +201,8 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 def _pack(
     projections: Sequence[LoraProjection],
 ) -> tuple[list[Any], list[float], list[float], list[int]]:
-    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors), scalings, dropouts,
-    counts.
+    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors, bases), scalings,
+    dropouts, counts.
     """
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
@@ -197,6 +212,7 @@ def _pack(
     flat += [branch.b for branch in branches]
     flat += [branch.bias for branch in branches]
     flat += [scale if isinstance(scale, Tensor) else None for scale in scales]
+    flat += [projection.base for projection in projections]
     scalings = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
     dropouts = [branch.dropout_p for branch in branches]
     return flat, scalings, dropouts, [len(projection.branches) for projection in projections]
@@ -204,7 +220,7 @@ def _pack(
 
 def _unpack(spec: _Spec, flat: Sequence[Any]) -> list[list[Any]]:
     n, k = len(spec.counts), len(spec.scalings)
-    return _split(flat, (n, n, k, k, k, k))
+    return _split(flat, (n, n, k, k, k, k, n))
 
 
 def lora_linear_group(
@@ -218,12 +234,13 @@ def lora_linear_group(
     Args:
         x: [*, K], fp32, bf16, fp16 (fp64 on the reference backend), any leading shape, also empty.
         projections: weights [N_i, K] of one dtype and device with x; outside autocast also of x's
-            dtype. Adapters may have another float dtype.
+            dtype. Adapters, and outputs of opaque bases, may have another float dtype.
         seed: 0-d int64 tensor on the device of x that fixes the dropout masks; drawn from torch's
             generator of the device if None and a branch has dropout.
 
     Returns:
-        One tensor [*, N_i] a projection, in x's dtype or, under autocast, in autocast's.
+        One tensor [*, N_i] a projection, in x's dtype or, under autocast, in autocast's; in the
+        dtype of the base where it is opaque.
 
     Raises:
         TypeError: an argument is no tensor, has no float dtype, or x and weight differ in dtype
@@ -271,11 +288,31 @@ def apply_group(
     spec = _Spec(tuple(counts), tuple(scalings), tuple(thresholds), compute_dtype)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         x2 = x.reshape(-1, x.shape[-1])
-        facts: Any = (*_unpack(spec, flat), scalings, thresholds, counts, seed, compute_dtype)
+        *tensors, bases = _unpack(spec, flat)
+        bases = [y if y is None else y.reshape(-1, y.shape[-1]) for y in bases]
+        facts: Any = (*tensors, scalings, thresholds, counts, seed, compute_dtype, bases)
         ys, _ = _lora_linear_reference.forward(x2, *facts)
         return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(spec, x, seed, *flat)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def _check_base(x: Tensor, projection: LoraProjection) -> int:
+    """The outputs N of a projection whose weight or base output fits x."""
+    weight, base = projection.weight, projection.base
+    if (weight is None) == (base is None):
+        raise ValueError("projections: expected either a weight or a base output, got both or none")
+    if weight is not None:
+        check_shape("weight", weight, (None, x.shape[-1]), x.device)
+        if _torch.autocast_dtype(x.device.type) is None and weight.dtype != x.dtype:
+            raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+        return weight.shape[0]
+    assert base is not None
+    check_float("base", base)
+    check_shape("base", base, (*x.shape[:-1], None), x.device)
+    if projection.bias is not None or not projection.branches:
+        raise ValueError("projections: expected branches and no bias beside a base output")
+    return base.shape[-1]
 
 
 def _validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | None) -> torch.dtype:
@@ -287,10 +324,7 @@ def _validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | N
     features = x.shape[-1]
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
     for projection in projections:
-        check_shape("weight", projection.weight, (None, features), x.device)
-        outputs = projection.weight.shape[0]
-        if _torch.autocast_dtype(x.device.type) is None and projection.weight.dtype != x.dtype:
-            raise TypeError(f"weight: expected x's dtype {x.dtype}, got {projection.weight.dtype}")
+        outputs = _check_base(x, projection)
         if projection.bias is not None:
             check_shape("bias", projection.bias, (outputs,), x.device)
         for branch in projection.branches:

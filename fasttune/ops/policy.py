@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fasttune import _native, _registry, _torch
 from fasttune.ops import _triton
-from fasttune.ops.lora_linear import LoraProjection
+from fasttune.ops.lora_linear import LoraBranch
 
 
 @dataclass(frozen=True)
@@ -50,27 +51,28 @@ limits = Limits()  # tests on tiny models put NO_LIMITS here
 TOO_SMALL = "the original forward is as fast for an input this small"
 
 
-def lora_too_small(x: Tensor, weight: Tensor) -> bool:
+def lora_too_small(x: Tensor, outputs: int) -> bool:
     """True if PEFT's own forward is faster, dropout or not; cheap enough to ask first."""
-    if not x.is_cpu or _elements(x, weight) >= limits.lora_dropout:
+    if not x.is_cpu or _elements(x, outputs) >= limits.lora_dropout:
         return False
     return _registry.forced_backend() is None
 
 
-def lora_not_faster(x: Tensor, projection: LoraProjection) -> bool:
+def lora_not_faster(x: Tensor, outputs: int, branches: Sequence[LoraBranch]) -> bool:
     """True if PEFT's own forward is faster for these branches."""
-    if not x.is_cpu or any(branch.dropout_p > 0 for branch in projection.branches):
+    if not x.is_cpu or any(branch.dropout_p > 0 for branch in branches):
         return False
     if _torch.autocast_dtype("cpu") is not None:
         limit = limits.lora_autocast
     else:
         limit = limits.lora_fp32 if x.dtype == torch.float32 else limits.lora_16bit
-    return _elements(x, projection.weight) < limit and _registry.forced_backend() is None
+    return _elements(x, outputs) < limit and _registry.forced_backend() is None
 
 
-def _elements(x: Tensor, weight: Tensor) -> int:
-    """Of the input and the output of x W^T."""
-    return x.numel() // max(x.shape[-1], 1) * sum(weight.shape)
+def _elements(x: Tensor, outputs: int) -> int:
+    """Of the input [*, K] and the output [*, outputs] of a projection."""
+    features = x.shape[-1]
+    return x.numel() // max(features, 1) * (features + outputs)
 
 
 def fast_backend_missing(device_type: str) -> str | None:

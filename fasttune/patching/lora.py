@@ -18,6 +18,7 @@ from fasttune.ops.policy import (
     lora_too_small,
 )
 from fasttune.patching import state, swap
+from fasttune.patching.guard import FLOATS
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
@@ -30,7 +31,7 @@ def patch_layers(session: Session) -> None:
     for name, layer in peft.lora_layers(session.model):
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
-        elif not peft.is_linear(swap.original_class(layer)):
+        elif not peft.is_linear_like(swap.original_class(layer)):
             title = swap.original_class(layer).__name__
             session.skip(KIND, name, f"LoRA on {title} is not fused yet")
         elif KIND in swap.kinds_of(layer):
@@ -46,10 +47,10 @@ def patch_layers(session: Session) -> None:
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     reason = _why_original(layer, x, args, kwargs)
     if reason is None:
-        projection = peft.projection(layer)
-        if not lora_not_faster(x, projection):
+        projection = peft.projection(layer, x)
+        reason = _why_base_output(x, projection.base)
+        if reason is None:
             return _fused(layer, x, projection)
-        reason = _TOO_SMALL
     if not torch.compiler.is_compiling():
         state.note_fallback(state.of(layer, KIND), reason)
     return original(layer, x, *args, **kwargs)
@@ -63,16 +64,31 @@ def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
 
 
 def _why_original(
-    layer: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
-    weight = peft.base_weight(layer)
-    if type(x) is Tensor and x.dim() and weight is not None and lora_too_small(x, weight):
+    if type(x) is Tensor and x.dim() and lora_too_small(x, layer.out_features):
         return _TOO_SMALL
     reason = peft.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
+    if lora_not_faster(x, layer.out_features, peft.branches(layer)):
+        return _TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)
+
+
+def _why_base_output(x: Tensor, base: Any) -> Reason | None:
+    """Why the branches cannot be added to what a base layer's own forward returned.
+
+    That forward then runs a second time, in PEFT's.
+    """
+    if base is None:
+        return None
+    if type(base) is not Tensor or base.dtype not in FLOATS or base.device != x.device:
+        return Reason("its base layer returns other than a plain float tensor on x's device")
+    if base.shape[:-1] != x.shape[:-1]:
+        return Reason(f"its base layer maps {tuple(x.shape)} to {tuple(base.shape)}")
+    return None
 
 
 swap.register_kind(KIND, _forward)

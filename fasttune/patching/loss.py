@@ -248,7 +248,7 @@ def effective_head(head: nn.Module) -> tuple[Tensor, Tensor | None, list[LoraBra
     branches: list[LoraBranch] = []
     if peft.loaded() and peft.is_linear(swap.original_class(module)):
         if not module.disable_adapters and not module.merged:
-            branches = list(peft.projection(module).branches)
+            branches = list(peft.branches(module))
         module = module.base_layer
     bias = module.bias
     for branch in branches:

@@ -110,8 +110,9 @@ def _is_ours(node: Any) -> bool:
 # ---------------------------------------------------------------------------- kinds
 
 
-def _lora_variants(layer: nn.Module, x: Tensor) -> _Variants:
-    projection = peft.projection(layer)
+def _lora_variants(layer: Any, x: Tensor) -> _Variants:
+    with torch.no_grad(), swap.stock():  # an opaque base runs once more, and stays fixed
+        projection = peft.projection(layer, x)
     seed = _dropout.draw_seed(x.device)
     leaves = dict(_trained(projection))
     names = list(leaves)
@@ -125,7 +126,7 @@ def _lora_variants(layer: nn.Module, x: Tensor) -> _Variants:
         fused=lambda x, v: apply_group(x, (with_leaves(v),), dtype, seed=seed)[0],
         stock=lambda x, v: _peft_formula(x, with_leaves(v), seed),
         truth=lambda x, v: _peft_formula(x, _in_double(with_leaves(v)), seed),
-        depth=max(*projection.weight.shape, x.numel() // max(x.shape[-1], 1)),
+        depth=max(layer.in_features, layer.out_features, x.numel() // max(x.shape[-1], 1)),
     )
 
 
@@ -225,7 +226,11 @@ def _autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
 
 def _peft_formula(x: Tensor, projection: LoraProjection, seed: Tensor) -> Tensor:
     """PEFT's formula in plain torch, with the mask of a seed instead of its own dropout."""
-    result = nn.functional.linear(x, projection.weight, projection.bias)
+    if projection.weight is None:
+        assert projection.base is not None
+        result = projection.base
+    else:
+        result = nn.functional.linear(x, projection.weight, projection.bias)
     dtype = result.dtype
     for j, branch in enumerate(projection.branches):
         threshold = _dropout.threshold(branch.dropout_p)
@@ -240,7 +245,10 @@ def _peft_formula(x: Tensor, projection: LoraProjection, seed: Tensor) -> Tensor
 
 
 def _named(projection: LoraProjection) -> list[tuple[str, Tensor | None]]:
-    named = [("weight", projection.weight), ("bias", projection.bias)]
+    named = [
+        *(("weight", projection.weight), ("bias", projection.bias)),
+        ("base", projection.base),
+    ]
     for j, branch in enumerate(projection.branches):
         named += [
             (f"lora_A[{j}]", branch.a),
@@ -256,15 +264,13 @@ def _trained(projection: LoraProjection) -> list[tuple[str, Tensor]]:
 
 def _replaced(projection: LoraProjection, leaves: dict[str, Tensor]) -> LoraProjection:
     tensors = {name: leaves.get(name, tensor) for name, tensor in _named(projection)}
-    weight = tensors["weight"]
-    assert weight is not None
     branches = []
     for j, branch in enumerate(projection.branches):
         a, b = tensors[f"lora_A[{j}]"], tensors[f"lora_B[{j}]"]
         assert a is not None and b is not None
         bias = tensors[f"lora_B[{j}].bias"]
         branches.append(type(branch)(a, b, branch.scaling, bias, branch.dropout_p))
-    return LoraProjection(weight, tensors["bias"], tuple(branches))
+    return LoraProjection(tensors["weight"], tensors["bias"], tuple(branches), tensors["base"])
 
 
 def _in_double(projection: LoraProjection) -> LoraProjection:
@@ -281,4 +287,4 @@ def _in_double(projection: LoraProjection) -> LoraProjection:
         )
         for b in result.branches
     )
-    return LoraProjection(result.weight, result.bias, branches)
+    return LoraProjection(result.weight, result.bias, branches, result.base)

@@ -172,15 +172,16 @@ def _lora_down_kernel(
     )
 
 
-# Floor: write M N of y0 once; T (4 M R) and B (N R) are small and stay in L2; 2 M N R operations.
-# Write-only: nothing to keep in flight, so one tile per program with the whole rank in one or two
-# steps, and enough columns per row for full 128-byte lines. Programs that share rows of T are
-# neighbours.
+# Floor: write M N of y0 once, and read M N of the addend if there is one; T (4 M R) and B (N R) are
+# small and stay in L2; 2 M N R operations. Mostly writes: little to keep in flight, so one tile per
+# program with the whole rank in one or two steps, and enough columns per row for full 128-byte
+# lines. Programs that share rows of T are neighbours.
 @triton.jit(do_not_specialize=["M", "branch", "threshold", "row_offset"])
 def _lora_up_kernel(
     t_ptr,  # [M, R] fp32
     b_ptr,  # [N, R] by strides
     bias_ptr,  # [N] or None
+    addend_ptr,  # [M, N], columns adjacent, or None
     y_ptr,  # [M, N]
     seed_ptr,  # 0-d int64 or None
     threshold,
@@ -188,6 +189,7 @@ def _lora_up_kernel(
     row_offset: tl.int64,
     M,
     N,
+    stride_addend,
     stride_bn,
     stride_br,
     R: tl.constexpr,
@@ -224,6 +226,13 @@ def _lora_up_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
         acc = acc + bias.to(tl.float32)[None, :]
+    if addend_ptr is not None:
+        addend = tl.load(
+            addend_ptr + rows[:, None] * stride_addend + columns[None, :],
+            mask=inside_m[:, None] & inside_n[None, :],
+            other=0.0,
+        )
+        acc = acc + addend.to(tl.float32)
     y = acc.to(y_ptr.dtype.element_ty)
     if HAS_DROPOUT:
         key0, key1 = load_philox_key(seed_ptr)
@@ -452,6 +461,7 @@ def _up(
     threshold: int,
     branch: int,
     row_offset: int,
+    addend: Tensor | None = None,  # [M, N], unit column stride; without dropout
 ) -> Tensor:  # [M, N]
     m, r = t.shape
     n = b.shape[0]
@@ -467,6 +477,7 @@ def _up(
             t,
             b,
             bias,
+            addend,
             y,
             seed if threshold > 0 else None,
             threshold,
@@ -474,6 +485,7 @@ def _up(
             row_offset,
             m,
             n,
+            0 if addend is None else addend.stride(0),
             b.stride(0),
             b.stride(1),
             R=r,
@@ -621,9 +633,10 @@ def lora_up(
     bias: Tensor | None,  # [N], any of the dtypes
     *,
     out_dtype: torch.dtype,
+    addend: Tensor | None = None,  # [M, N], unit column stride
 ) -> Tensor:
-    """-> y0 [M, N] in `out_dtype` = bias + t b^T, accumulated in fp32 and rounded once."""
-    return _up(t, b, bias, out_dtype, None, 0, 0, 0)
+    """-> y0 [M, N] in `out_dtype` = addend + bias + t b^T, summed in fp32 and rounded once."""
+    return _up(t, b, bias, out_dtype, None, 0, 0, 0, addend)
 
 
 def lora_up_backward(

@@ -73,6 +73,7 @@ def lora_launches(
     with dry_run(capability) as launches:
         lora_down(x, a, 2.0, None, **options)
         lora_up(t, b, None, out_dtype=x_dtype)
+        lora_up(t, b, None, out_dtype=x_dtype, addend=dy)
         lora_up_backward(dy, t, b, 2.0, None, need_d=True, need_db=True)
         lora_down_backward(t, a, x, **options, dx_dtype=x_dtype, need_dx=True, need_da=True)
     return launches
@@ -151,6 +152,7 @@ def test_lora_launches(
     assert kernels == [
         "_lora_down_kernel",
         "_lora_up_kernel",
+        "_lora_up_kernel",  # with the output of an opaque base
         *pair,
         "_lora_up_kernel",
         "_lora_weight_grad_kernel",

@@ -251,12 +251,15 @@ def check_lora_down(case: Case, threshold: int, *, row_offset: int = 0) -> None:
     assert_accurate(t, product(x64, a64), in_dtype, product(x64.abs(), a64.abs()), k)
 
 
-def check_lora_up(case: Case, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+def check_lora_up(
+    case: Case, bias: Tensor | None, out_dtype: torch.dtype, addend: Tensor | None = None
+) -> None:
     with interpreted():
-        y = lora_up(case.t, case.b, bias, out_dtype=out_dtype)
+        y = lora_up(case.t, case.b, bias, out_dtype=out_dtype, addend=addend)
 
     def product(t: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        return t @ b.T if bias is None else t @ b.T + bias
+        y = t @ b.T if bias is None else t @ b.T + bias
+        return y if addend is None else y + addend.to(y.dtype)
 
     t64, b64 = case.t.double(), case.b.double()
     assert_accurate(
@@ -323,6 +326,7 @@ def check_all(case: Case, threshold: int, *, row_offset: int = 0) -> None:
     before = [tensor.clone() for tensor in case.tensors()]
     check_lora_down(case, threshold, row_offset=row_offset)
     check_lora_up(case, case.bias, case.x.dtype)
+    check_lora_up(case, case.bias, case.x.dtype, addend=case.dy)
     check_lora_up_backward(case)
     check_lora_down_backward(case, threshold, row_offset=row_offset)
     for tensor, copy in zip(case.tensors(), before, strict=True):

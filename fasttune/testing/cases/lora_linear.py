@@ -34,6 +34,8 @@ class Setting:
     strided: bool = False
     frozen: str = ""  # names of leaves that need no gradient, besides the weight
     train_weight: bool = False
+    opaque: bool = False  # in place of the weight, what a base layer's own forward returned
+    conv1d: bool = False  # the weight is stored [K, N]
 
 
 def _build(setting: Setting, device: str) -> Call:
@@ -48,11 +50,11 @@ def _build(setting: Setting, device: str) -> Call:
         x = random((*shape[:-1], 2 * setting.features), setting.x, 1.0)[..., : setting.features]
     else:
         x = random(shape, setting.x, 1.0)
-    leaves = [
-        x,
-        random((setting.outputs, setting.features), setting.weight, setting.features**-0.5),
-    ]
-    leaves[1].requires_grad_(setting.train_weight)
+    base = (setting.outputs, setting.features)
+    if setting.conv1d or setting.opaque:
+        base = (setting.features if setting.conv1d else x.shape[:-1].numel(), setting.outputs)
+    weight = random(base, setting.weight, 1.0 if setting.opaque else setting.features**-0.5)
+    leaves = [x, weight.view(*x.shape[:-1], -1) if setting.opaque else weight]
     if setting.bias:
         leaves.append(random((setting.outputs,), setting.weight, 1.0))
         names.append("bias")
@@ -63,9 +65,11 @@ def _build(setting: Setting, device: str) -> Call:
         if setting.lora_bias:
             leaves.append(random((setting.outputs,), setting.adapter, 1.0))
             names.append(f"lora_bias{j}")
-    frozen = [*setting.frozen.split(), "weight", "bias"]
+    frozen = [*setting.frozen.split(), "bias"]
+    if not (setting.train_weight or setting.opaque):
+        frozen.append("weight")
     for name, leaf in zip(names, leaves, strict=True):
-        leaf.requires_grad_(name not in frozen or (name == "weight" and setting.train_weight))
+        leaf.requires_grad_(name not in frozen)
     seed = torch.tensor(-81985529216486896, device=device)  # bits in both halves, and the sign
     scale: float | Tensor = torch.tensor(1.5, device=device) if setting.scaling_tensor else 1.5
 
@@ -77,7 +81,9 @@ def _build(setting: Setting, device: str) -> Call:
             a, b = rest.pop(0), rest.pop(0)
             lora_bias = rest.pop(0) if setting.lora_bias else None
             branches.append(LoraBranch(a, b, scale, lora_bias, setting.dropout))
-        return LoraProjection(weight, bias, tuple(branches))
+        if setting.opaque:
+            return LoraProjection(None, None, tuple(branches), base=weight)
+        return LoraProjection(weight.t() if setting.conv1d else weight, bias, tuple(branches))
 
     def fused(*tensors: Tensor) -> Tensor:
         return lora_linear_group(tensors[0], [projection(tensors)], seed=seed)[0]
@@ -85,7 +91,10 @@ def _build(setting: Setting, device: str) -> Call:
     def stock(*tensors: Tensor) -> Tensor:
         """peft.tuners.lora.layer.Linear.forward, with the mask of the seed."""
         x, given = tensors[0], projection(tensors)
-        result = linear(x, given.weight, given.bias)
+        result = given.base
+        if given.weight is not None:
+            result = linear(x, given.weight, given.bias)
+        assert result is not None
         dtype = result.dtype
         for j, branch in enumerate(given.branches):
             threshold = _dropout.threshold(branch.dropout_p)
@@ -124,6 +133,12 @@ SETTINGS: dict[str, Setting] = {
     "biases": replace(_MIXED, bias=True, lora_bias=True, dropout=0.1),
     "biases-fp32": replace(_BASE, bias=True, lora_bias=True),
     "scaling-tensor": replace(_MIXED, scaling_tensor=True, lora_bias=True),
+    # The output of a base with a forward of its own, and a weight stored [K, N].
+    "opaque": replace(_BASE, opaque=True),
+    "opaque-bf16": replace(_MIXED, opaque=True, dropout=0.1, ranks=(4, 9), lora_bias=True),
+    "opaque-fp32-base-of-bf16": replace(_MIXED, opaque=True, weight=FP32),
+    "conv1d": replace(_BASE, conv1d=True, bias=True, train_weight=True),
+    "conv1d-bf16": replace(_MIXED, conv1d=True, train_weight=True, dropout=0.1),
     # Partial training.
     "frozen-a": replace(_MIXED, frozen="a0"),
     "frozen-b": replace(_MIXED, frozen="b0"),
