@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fasttune.errors import PatchError
 from fasttune.patching import patch, report, state
 
 
@@ -22,7 +23,16 @@ class FasttuneCallback(TrainerCallback):  # type: ignore[misc]
         self._reported = False
 
     def on_train_begin(self, args: Any, control_state: Any, control: Any, **kwargs: Any) -> None:
-        """Patch the model that the trainer is about to train."""
+        """Patch the model that the trainer is about to train.
+
+        Raises:
+            PatchError: ``use_liger_kernel=True``: Liger has replaced the same forwards.
+        """
+        if getattr(args, "use_liger_kernel", False):
+            raise PatchError(
+                "use_liger_kernel=True and FasttuneCallback replace the same forwards: set one of "
+                "them only"
+            )
         model = kwargs.get("model")
         if model is not None:
             patch(model, **self.options)

@@ -141,6 +141,14 @@ def sdpa_call(
     return SdpaCall(attention_mask, causal, scale)
 
 
+def with_hub_kernels(model: nn.Module) -> str | None:
+    """The name of a (sub)model that runs kernels of the hub (``use_kernels=True``), or None."""
+    for name, module in model.named_modules():
+        if module.__dict__.get("_use_kernels"):
+            return name or type(module).__name__
+    return None
+
+
 def instance_forward_owner(model: nn.Module) -> str | None:
     """The top-level package that installed a ``forward`` on this instance, or None."""
     forward = model.__dict__.get("forward")

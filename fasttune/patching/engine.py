@@ -9,6 +9,7 @@ from torch import nn
 
 from fasttune import _registry
 from fasttune.errors import PatchError
+from fasttune.integrations import transformers
 from fasttune.patching import activation, attention, lora, loss, mlp, norm, sharding, state, swap
 from fasttune.patching.selection import Selection
 from fasttune.patching.session import Session
@@ -59,8 +60,9 @@ def patch(
     Raises:
         TypeError: model is no nn.Module.
         ValueError: an unknown kind.
-        PatchError: parameters are already sharded (FSDP, ZeRO-3): patch before sharding; or strict
-            and nothing fits. The model is then as it was before the call.
+        PatchError: parameters are already sharded (FSDP, ZeRO-3): patch before sharding; the model
+            runs kernels of the hub (use_kernels=True); or strict and nothing fits. The model is
+            then as it was before the call.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -70,6 +72,7 @@ def patch(
         state.logger.warning("FASTTUNE_DISABLE is set: fasttune.patch leaves the model as it is")
         return model
     sharding.refuse_sharded(model)
+    _refuse_hub_kernels(model)
     chosen = Selection(include, exclude)
     chosen.warn_of_unknown_names(model)
     if _narrower(model, wanted, chosen):
@@ -86,6 +89,15 @@ def patch(
         raise
     model.__dict__[_ROOT] = {"skipped": session.skipped, "kinds": sorted(wanted)}
     return model
+
+
+def _refuse_hub_kernels(model: nn.Module) -> None:
+    name = transformers.with_hub_kernels(model)
+    if name is not None:
+        raise PatchError(
+            f"model: {name} has use_kernels=True, so forwards of the kernels library are installed "
+            "on the modules that fasttune would patch; load it with use_kernels=False"
+        )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -85,6 +85,19 @@ def test_callback_prints_the_report_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("fasttune report") == 1
 
 
+def test_other_kernel_libraries_are_named(tmp_path):
+    from types import SimpleNamespace
+
+    model = with_lora(tiny_llama())
+    model.base_model.model._use_kernels = True
+    with pytest.raises(fasttune.PatchError, match="use_kernels=False"):
+        fasttune.patch(model)
+    assert not fasttune.is_patched(model)
+    callback, arguments = fasttune.FasttuneCallback(), SimpleNamespace(use_liger_kernel=True)
+    with pytest.raises(fasttune.PatchError, match="use_liger_kernel=True"):
+        callback.on_train_begin(arguments, None, None, model=with_lora(tiny_llama()))
+
+
 def test_story_trl_adds_the_adapters_and_keeps_its_head(tmp_path, capsys):
     """SFTTrainer(peft_config=...) and the callback: LoRA is fused, TRL's head keeps the loss."""
     datasets = pytest.importorskip("datasets")
