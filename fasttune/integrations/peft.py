@@ -42,14 +42,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def other_tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """PEFT layers of other methods than LoRA."""
+    """PEFT layers of other methods than LoRA and trainable tokens."""
     if not loaded():
         return
     from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
+        known = isinstance(module, (LoraLayer, TrainableTokensLayer))
+        if isinstance(module, BaseTunerLayer) and not known:
             yield name, module
 
 
@@ -267,3 +269,60 @@ def branches(layer: Any) -> tuple[LoraBranch, ...]:
         scaling, bias = layer.scaling[adapter], up._parameters.get("bias")
         found.append(LoraBranch(down.weight, up.weight, scaling, bias, p))
     return tuple(found)
+
+
+# ---------------------------------------------------------------------------- trainable tokens
+
+
+def trainable_token_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer of trainable tokens in the model."""
+    if not loaded():
+        return
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer):
+            yield name, module
+
+
+def why_tokens_original(layer: Any) -> Reason | None:
+    """Why a layer of trainable tokens takes PEFT's own forward now, or None."""
+    if layer.disable_adapters or not layer.active_adapters:
+        return Reason("adapters are disabled", expected=True)
+    if layer.merged:
+        return Reason("adapters are merged", expected=True)
+    base = layer.base_layer
+    if hooked(base):
+        return Reason("a hook on base_layer")
+    if isinstance(base, nn.Embedding):
+        if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:
+            return Reason("its embedding has max_norm, scale_grad_by_freq or sparse gradients")
+    elif type(base) is not nn.Linear:
+        return Reason(f"base layer is {type(base).__name__}")
+    if not _plain(base.weight) or base.weight.dtype not in _FLOATS:
+        return Reason("base weight is quantised or sharded")
+    names = [name for name in layer.active_adapters if name in layer.token_indices]
+    if len(names) != len(layer.active_adapters):
+        return Reason("an active adapter has no tokens here")
+    indices = [index for name in names for index in layer.token_indices[name]]
+    if len(set(indices)) != len(indices) or not indices:
+        return Reason("token indices are repeated or missing")
+    if min(indices) < 0 or max(indices) >= base.weight.shape[0]:
+        return Reason("a token index is negative or too large")
+    if any(not _plain(layer.trainable_tokens_delta[name]) for name in names):
+        return Reason("adapter weights are sharded")
+    return None
+
+
+def token_rows(layer: Any) -> tuple[Tensor, list[int]]:
+    """The trained rows [k, D] of the active adapters and their token ids."""
+    names = layer.active_adapters
+    rows = [layer.trainable_tokens_delta[name] for name in names]
+    indices = [index for name in names for index in layer.token_indices[name]]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)), indices
+
+
+def embedding_scale(layer: Any) -> Tensor | None:
+    """What some embeddings multiply their output by, or None."""
+    scale: Tensor | None = layer._get_embed_scale()
+    return scale

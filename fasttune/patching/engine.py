@@ -10,13 +10,25 @@ from torch import nn
 from fasttune import _registry
 from fasttune.errors import PatchError
 from fasttune.integrations import transformers
-from fasttune.patching import activation, attention, lora, loss, mlp, norm, sharding, state, swap
+from fasttune.patching import (
+    activation,
+    attention,
+    lora,
+    loss,
+    mlp,
+    norm,
+    sharding,
+    state,
+    swap,
+    tokens,
+)
 from fasttune.patching.selection import Selection
 from fasttune.patching.session import Session
 
 # In the order of patching: the loss looks at heads that LoRA may have wrapped.
 _PATCHERS = {
     lora.KIND: lora.patch_layers,
+    tokens.KIND: tokens.patch_layers,
     loss.KIND: loss.patch_models,
     norm.KIND: norm.patch_layers,
     mlp.KIND: mlp.patch_layers,

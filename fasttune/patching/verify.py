@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fasttune.errors import PatchError, VerificationError
-from fasttune.patching import activation, attention, lora, loss, mlp, norm, swap
+from fasttune.patching import activation, attention, lora, loss, mlp, norm, swap, tokens
 from fasttune.patching.engine import is_patched
 from fasttune.patching.replay import LayerCheck, check_layers
 from fasttune.patching.report import render
@@ -175,7 +175,15 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
             noisy.register_hook(lambda gradient: perturb(gradient, gradient.shape[-1]))
         return noisy
 
-    patched = (lora.KIND, loss.HEAD, norm.KIND, mlp.KIND, activation.KIND, attention.KIND)
+    patched = (
+        lora.KIND,
+        loss.HEAD,
+        norm.KIND,
+        mlp.KIND,
+        activation.KIND,
+        attention.KIND,
+        tokens.KIND,
+    )
     handles = [
         module.register_forward_hook(after)
         for module in model.modules()

@@ -231,7 +231,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "trainable-tokens": (
         {"trainable_token_indices": [5, 17], "target_modules": PROJECTIONS},
-        "PEFT method TrainableTokensLayer is not fused yet",
+        "",
     ),
     "kasa": ({"kasa_config": "default"}, "LoRA variant KasaLinearVariant"),
     "mica": ({"init_lora_weights": "mica"}, "LoRA variant MiCALinearVariant"),
