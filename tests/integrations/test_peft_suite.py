@@ -1,0 +1,103 @@
+"""PEFT's own tests, from its source distribution, with every model patched right after creation.
+
+The distribution is fetched at test time and never kept. Files whose tests need models from the hub
+are left out. A failing test must fail in the stock suite too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(__file__).parents[1] / "peft_suite"
+FILES = (
+    *("test_custom_models.py", "test_mixed.py", "test_lorafa.py", "test_loraplus.py"),
+    *("test_bdlora.py", "test_velora.py"),
+)
+# What concerns LoRA in files about all methods.
+SELECTED = "lora and not adalora"
+LEAST_PASSED = 5000
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of PEFT's source distribution of the installed version."""
+    folder = tmp_path_factory.mktemp("peft")
+    wanted = f"peft=={version('peft')}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "peft", wanted]
+    fetched = subprocess.run(
+        [*command, "--no-build-isolation", "-d", str(folder)], capture_output=True, text=True
+    )
+    assert fetched.returncode == 0, fetched.stderr[-2000:]
+    (archive,) = folder.glob("peft-*.tar.gz")
+    with tarfile.open(archive) as content:
+        content.extractall(folder, filter="data")
+    (root,) = (path for path in folder.iterdir() if path.is_dir())
+    (root / "tests" / "__init__.py").touch()  # its tests import each other relatively
+    return root
+
+
+def run(root: Path, *arguments: str, patched: bool) -> tuple[int, set[str]]:
+    """(tests passed, names of those that failed)."""
+    plugin = ("-p", "patched_models") if patched else ()
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rf", *plugin),
+            *("-p", "no:cacheprovider", "-n", "2", *arguments),
+        ],
+        cwd=root,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")]),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    lines = result.stdout.splitlines()
+    failed = {line.split(" ")[1] for line in lines if line.startswith("FAILED ")}
+    counts = re.search(r"(\d+) passed", result.stdout)
+    passed = int(counts.group(1)) if counts else 0
+    assert result.returncode in (0, 1), result.stdout[-3000:] + result.stderr[-2000:]
+    return passed, failed
+
+
+@pytest.mark.slow
+def test_no_test_that_passes_stock_is_lost(suite: Path) -> None:
+    files = [f"tests/{name}" for name in FILES]
+    passed, failed = run(suite, *files, "-k", SELECTED, patched=True)
+    assert passed >= LEAST_PASSED
+    if failed:
+        _, also_stock = run(suite, *sorted(failed), patched=False)
+        assert failed - also_stock == set()
+
+
+@pytest.mark.slow
+def test_the_plugin_fuses_and_would_be_noticed(suite: Path, tmp_path: Path) -> None:
+    """A wrong scaling in the fused path makes tests of the suite fail."""
+    (tmp_path / "wrong_scaling.py").write_text(
+        "import dataclasses\n"
+        "import patched_models\n"
+        "from fasttune.integrations import peft\n"
+        "right = peft.branches\n"
+        "peft.branches = lambda layer: tuple(\n"
+        "    dataclasses.replace(branch, scaling=branch.scaling * 2) for branch in right(layer)\n"
+        ")\n"
+    )
+    before = os.environ.get("PYTHONPATH", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before]))
+        _, failed = run(
+            suite, "tests/test_custom_models.py", "-k", "lora and test_merge_layers and MLP",
+            "-p", "wrong_scaling", patched=True,
+        )  # fmt: skip
+    assert failed
