@@ -27,8 +27,9 @@ struct MutableMatrix {
 
 // What lora_expand adds before it rounds; null pointers where absent.
 struct ExpandTerms {
-  const Matrix* addend;  // [M, N], fp32 or of the dtype of the output
-  const float* bias;     // [N] fp32
+  const Matrix* addend;       // [M, N], fp32 or of the dtype of the output
+  const float* addend_scale;  // [N] fp32
+  const float* bias;          // [N] fp32
 };
 
 struct RowLossOptions {
@@ -148,7 +149,10 @@ struct Kernels {
   void (*lora_outer)(const Matrix& x, const float* t, int64_t rank, const Dropout& dropout,
                      const MutableMatrix& out, bool transposed, int threads);
 
-  // out [M, N] = addend + bias + keep * (t panel), with t [M, R] fp32 and panel [R, N] fp32.
+  // out [M, K] = x * keep; x and out may be the same.
+  void (*drop)(const Matrix& x, const Dropout& dropout, const MutableMatrix& out, int threads);
+  // out [M, N] = addend addend_scale + bias + keep * (t panel), with t [M, R] fp32 and panel [R, N]
+  // fp32.
   void (*lora_expand)(const float* t, const float* panel, int64_t rank, const ExpandTerms& terms,
                       const Dropout& dropout, const MutableMatrix& out, int threads);
 

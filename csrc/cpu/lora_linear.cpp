@@ -115,7 +115,11 @@ inline void expand_rows(E, const float* t, const float* panel, int64_t rank,
     auto* target = static_cast<typename E::type*>(out.data) + (row + i) * out.stride + col;
     for (int v = 0; v < Vectors; ++v) {
       vf value = keep_lanes(acc[i][v], static_cast<uint32_t>(bits >> (v * kLanes)) & 0xffffu);
-      if (terms.addend) value += load_addend(E{}, *terms.addend, row + i, col + v * kLanes);
+      if (terms.addend) {
+        vf addend = load_addend(E{}, *terms.addend, row + i, col + v * kLanes);
+        if (terms.addend_scale) addend *= load(terms.addend_scale + col + v * kLanes);
+        value += addend;
+      }
       if (terms.bias) value += load(terms.bias + col + v * kLanes);
       E::store(target + v * kLanes, value);
     }
@@ -133,7 +137,9 @@ void expand_tail(E, const float* t, const float* panel, int64_t rank, const Expa
     float value = 0.0f;
     for (int64_t r = 0; r < rank; ++r) value += t[row * rank + r] * panel[r * out.cols + j];
     if (!(bits >> (j % kMaskSpan) & 1u)) value = 0.0f;
-    if (terms.addend) value += load_addend_one(E{}, *terms.addend, row, j);
+    if (terms.addend)
+      value += load_addend_one(E{}, *terms.addend, row, j) *
+               (terms.addend_scale ? terms.addend_scale[j] : 1.0f);
     if (terms.bias) value += terms.bias[j];
     E::store_one(static_cast<typename E::type*>(out.data) + row * out.stride + j, value);
   }
@@ -191,6 +197,24 @@ void lora_outer(const Matrix& x, const float* t, int64_t rank, const Dropout& dr
           }
       }
     });
+  });
+}
+
+void drop(const Matrix& x, const Dropout& dropout, const MutableMatrix& out, int threads) {
+  with_element(x.dtype, [&](auto element) {
+    using E = decltype(element);
+#pragma omp parallel for num_threads(team(threads, x.rows* x.cols / 4096)) schedule(static)
+    for (int64_t row = 0; row < x.rows; ++row) {
+      const auto* in = static_cast<const typename E::type*>(x.data) + row * x.stride;
+      auto* to = static_cast<typename E::type*>(out.data) + row * out.stride;
+      const uint64_t global_row = dropout.row_offset + static_cast<uint64_t>(row);
+      for (int64_t span = 0; span < x.cols; span += kMaskSpan) {
+        const uint64_t bits = keep_bits(dropout, global_row, static_cast<uint64_t>(span));
+        const int64_t end = std::min(x.cols, span + kMaskSpan);
+        for (int64_t j = span; j < end; ++j)
+          to[j] = bits >> (j - span) & 1u ? in[j] : typename E::type{};
+      }
+    }
   });
 }
 

@@ -16,6 +16,7 @@ const Kernels& table() {
                                convert,
                                lora_reduce,
                                lora_outer,
+                               drop,
                                lora_expand,
                                cross_entropy_rows,
                                glu_forward,

@@ -27,6 +27,7 @@ from fasttune._native.layer_norm import (
 from fasttune._native.linear_cross_entropy import cross_entropy_rows_
 from fasttune._native.lora_linear import (
     MAX_RANK,
+    drop,
     lora_down,
     lora_down_backward,
     lora_up,
@@ -49,6 +50,7 @@ __all__ = [
     "cpu",
     "cpu_missing",
     "cross_entropy_rows_",
+    "drop",
     "free_scratch",
     "glu_backward",
     "glu_forward",

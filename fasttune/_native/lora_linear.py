@@ -60,14 +60,30 @@ def lora_up(
     *,
     out_dtype: torch.dtype,
     addend: Tensor | None = None,  # [M, N], fp32 or of the output's dtype
+    addend_scale: Tensor | None = None,  # [N] fp32
     out: Tensor | None = None,  # [M, N]
 ) -> Tensor:
-    """y0 [M, N] = addend + bias + t B^T, rounded once; written into ``out`` if given. R may be
-    0.
+    """y0 [M, N] = addend addend_scale + bias + t B^T, rounded once; written into ``out`` if given.
+    R may be 0.
     """
     if out is None:
         out = torch.empty(t.shape[0], b.shape[0], dtype=out_dtype)
-    _expand(t, fp32(b.t()), bias, _dropout(None, 0, 0, 0), out, addend)
+    _expand(t, fp32(b.t()), bias, _dropout(None, 0, 0, 0), out, addend, addend_scale)
+    return out
+
+
+def drop(
+    x: Tensor,  # [M, K]
+    *,
+    seed: Tensor,
+    threshold: int,
+    branch: int,
+    row_offset: int = 0,
+) -> Tensor:
+    """x * keep [M, K], not scaled."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    dropout = _dropout(seed, threshold, branch, row_offset)
+    cpu().drop(matrix(x), dropout, matrix(out, mutable=True), threads())
     return out
 
 
@@ -137,7 +153,13 @@ def lora_down_backward(
 
 
 def _expand(
-    t: Tensor, panel: Tensor, bias: Tensor | None, dropout: Any, out: Tensor, addend: Tensor | None
+    t: Tensor,
+    panel: Tensor,
+    bias: Tensor | None,
+    dropout: Any,
+    out: Tensor,
+    addend: Tensor | None,
+    addend_scale: Tensor | None = None,
 ) -> None:
     if addend is not None and addend.dtype not in (torch.float32, out.dtype):
         raise TypeError(f"addend: expected torch.float32 or {out.dtype}, got {addend.dtype}")
@@ -147,6 +169,7 @@ def _expand(
         panel.data_ptr(),
         t.shape[1],
         None if addend is None else matrix(addend),
+        0 if addend_scale is None else addend_scale.data_ptr(),
         0 if bias_fp32 is None else bias_fp32.data_ptr(),
         dropout,
         matrix(out, mutable=True),

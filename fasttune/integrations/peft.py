@@ -117,9 +117,45 @@ def hooked(module: nn.Module) -> bool:
 def static_reason(layer: Any) -> Reason | None:
     """Why a LoRA Linear can never be fused as it is built, or None."""
     for adapter in layer.lora_A:
-        if adapter in layer.lora_variant:
+        if adapter in layer.lora_variant and not _is_dora(layer, adapter):
             return Reason(f"LoRA variant {type(layer.lora_variant[adapter]).__name__}")
     return None
+
+
+def _is_dora(layer: Any, adapter: str) -> bool:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    return type(layer.lora_variant.get(adapter)) is DoraLinearVariant
+
+
+def dora_adapter(layer: Any) -> str | None:
+    """The one active adapter of a LoRA Linear if it is DoRA, else None."""
+    if not layer.lora_variant:
+        return None
+    names = active(layer)
+    return names[0] if len(names) == 1 and _is_dora(layer, names[0]) else None
+
+
+def why_dora_original(layer: Any, adapter: str, x: Tensor) -> Reason | None:
+    """Why a DoRA adapter cannot be fused in this call, after :func:`why_original` had no reason."""
+    magnitude = layer.lora_magnitude_vector[adapter]
+    if hooked(magnitude):
+        return Reason(f"a hook on lora_magnitude_vector[{adapter!r}]")
+    if plain_weight(layer) is None:
+        return Reason("DoRA on a base whose own forward must run")
+    if not _plain(magnitude.weight) or magnitude.weight.device != x.device:
+        return Reason("the magnitude is sharded or on another device")
+    if isinstance(layer.scaling[adapter], Tensor):
+        return Reason("DoRA with a tensor as scaling")
+    if x.dim() == 1:  # PEFT returns [1, N] then
+        return Reason("DoRA of one vector")
+    return None
+
+
+def magnitude(layer: Any, adapter: str) -> Tensor:
+    """The magnitude [N] of a DoRA adapter."""
+    weight: Tensor = layer.lora_magnitude_vector[adapter].weight
+    return weight
 
 
 def why_original(
@@ -188,7 +224,7 @@ def _conv1d() -> type[nn.Module]:
 
 
 def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
-    reason = why_factors(layer)
+    reason = why_factors(layer, dora=True)
     if reason is not None:
         return reason
     casts = getattr(layer, "cast_input_dtype_enabled", True)
@@ -207,13 +243,14 @@ def active(layer: Any) -> list[str]:
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
 
-def why_factors(layer: Any) -> Reason | None:
+def why_factors(layer: Any, *, dora: bool = False) -> Reason | None:
     """Why the active adapters of a LoRA Linear cannot be fused, whatever its input; None if they
-    can.
+    can. ``dora``: the caller knows what to do with one DoRA adapter.
     """
     dtypes = set()
+    known = dora_adapter(layer) if dora else None
     for adapter in active(layer):
-        if adapter in layer.lora_variant:
+        if adapter in layer.lora_variant and adapter != known:
             return Reason(f"LoRA variant {type(layer.lora_variant[adapter]).__name__}")
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
         dropout = layer.lora_dropout[adapter]

@@ -4,6 +4,7 @@ backend."""
 from fasttune.ops._row_loss import CrossEntropy
 from fasttune.ops.attention import attention
 from fasttune.ops.bias_activation import bias_activation
+from fasttune.ops.dora_linear import dora_linear, dora_weight_norm
 from fasttune.ops.glu import glu
 from fasttune.ops.layer_norm import add_layer_norm, layer_norm
 from fasttune.ops.linear_cross_entropy import TokenStats, linear_cross_entropy
@@ -21,6 +22,8 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "bias_activation",
+    "dora_linear",
+    "dora_weight_norm",
     "embedding_with_rows",
     "glu",
     "layer_norm",

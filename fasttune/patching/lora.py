@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.ops import LoraProjection
+from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
 from fasttune.ops.policy import (
     TOO_SMALL,
@@ -46,6 +47,8 @@ def patch_layers(session: Session) -> None:
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     reason = _why_original(layer, x, args, kwargs)
+    if reason is None and (adapter := peft.dora_adapter(layer)) is not None:
+        return _fused_dora(layer, x, adapter)
     if reason is None:
         projection = peft.projection(layer, x)
         reason = _why_base_output(x, projection.base)
@@ -63,15 +66,34 @@ def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     return y
 
 
+def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
+    (branch,) = peft.branches(layer)
+    weight = peft.plain_weight(layer)
+    assert weight is not None and isinstance(branch.scaling, float | int)
+    y = apply_dora(
+        x, weight, branch.a, branch.b, peft.magnitude(layer, adapter),
+        _torch.autocast_dtype(x.device.type) or x.dtype,
+        bias=layer.base_layer.bias, scaling=branch.scaling, dropout_p=branch.dropout_p,
+    )  # fmt: skip
+    state.note_output(state.of(layer, KIND), y)
+    return y
+
+
 def _why_original(
     layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
-    if type(x) is Tensor and x.dim() and lora_too_small(x, layer.out_features):
+    # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
+    dora = peft.dora_adapter(layer)
+    if dora is None and type(x) is Tensor and x.dim() and lora_too_small(x, layer.out_features):
         return _TOO_SMALL
     reason = peft.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
-    if lora_not_faster(x, layer.out_features, peft.branches(layer)):
+    if dora is not None:
+        reason = peft.why_dora_original(layer, dora, x)
+        if reason is not None:
+            return reason
+    elif lora_not_faster(x, layer.out_features, peft.branches(layer)):
         return _TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)

@@ -16,6 +16,7 @@ from fasttune.integrations import peft
 from fasttune.ops import LoraProjection, _dropout
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
+from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
 from fasttune.patching import activation, lora, loss, norm, probe, state, swap
 from fasttune.patching.step import LossFn, run_loss
@@ -111,6 +112,9 @@ def _is_ours(node: Any) -> bool:
 
 
 def _lora_variants(layer: Any, x: Tensor) -> _Variants:
+    adapter = peft.dora_adapter(layer)
+    if adapter is not None:
+        return _dora_variants(layer, adapter, x)
     with torch.no_grad(), swap.stock():  # an opaque base runs once more, and stays fixed
         projection = peft.projection(layer, x)
     seed = _dropout.draw_seed(x.device)
@@ -126,6 +130,44 @@ def _lora_variants(layer: Any, x: Tensor) -> _Variants:
         fused=lambda x, v: apply_group(x, (with_leaves(v),), dtype, seed=seed)[0],
         stock=lambda x, v: _peft_formula(x, with_leaves(v), seed),
         truth=lambda x, v: _peft_formula(x, _in_double(with_leaves(v)), seed),
+        depth=max(layer.in_features, layer.out_features, x.numel() // max(x.shape[-1], 1)),
+    )
+
+
+def _dora_variants(layer: Any, adapter: str, x: Tensor) -> _Variants:
+    (branch,) = peft.branches(layer)
+    everything = {
+        "weight": peft.plain_weight(layer),
+        "lora_A": branch.a,
+        "lora_B": branch.b,
+        "lora_magnitude_vector": peft.magnitude(layer, adapter),
+        "bias": layer.base_layer.bias,
+    }
+    leaves = {n: t for n, t in everything.items() if t is not None and t.requires_grad}
+    seed = _dropout.draw_seed(x.device)
+    dtype = _torch.autocast_dtype(x.device.type) or x.dtype
+    facts: dict[str, Any] = {
+        "scaling": float(branch.scaling),
+        "dropout_p": branch.dropout_p,
+        "seed": seed,
+    }
+
+    def with_leaves(values: Sequence[Tensor]) -> list[Any]:
+        return list({**everything, **dict(zip(leaves, values, strict=True))}.values())
+
+    def fused(x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        weight, a, b, magnitude, bias = with_leaves(values)
+        return apply_dora(x, weight, a, b, magnitude, dtype, bias=bias, **facts)
+
+    def truth(x: Tensor, values: Sequence[Tensor]) -> Tensor:
+        tensors: list[Any] = [None if t is None else t.double() for t in with_leaves(values)]
+        return _dora_formula(x, *tensors, **facts)
+
+    return _Variants(
+        leaves,
+        fused=fused,
+        stock=lambda x, v: _dora_formula(x, *with_leaves(v), **facts),
+        truth=truth,
         depth=max(layer.in_features, layer.out_features, x.numel() // max(x.shape[-1], 1)),
     )
 
@@ -242,6 +284,34 @@ def _peft_formula(x: Tensor, projection: LoraProjection, seed: Tensor) -> Tensor
         up = nn.functional.linear(nn.functional.linear(dropped, branch.a), branch.b, branch.bias)
         result = result + up * branch.scaling
     return result.to(dtype)
+
+
+def _dora_formula(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    *,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor,
+) -> Tensor:
+    """PEFT's formula in plain torch, with the mask of a seed instead of its own dropout."""
+    linear = nn.functional.linear
+    result, base, cast = linear(x, weight, bias), linear(x, weight), x.to(a.dtype)
+    whole = weight.to(cast.dtype) + scaling * (b @ a).to(cast.dtype)
+    scale = magnitude / torch.linalg.vector_norm(whole, dim=1).detach()
+    if dropout_p:
+        threshold = _dropout.threshold(dropout_p)
+        x2 = x.reshape(-1, x.shape[-1])
+        keep = _dropout.keep_mask(seed, threshold, *x2.shape, branch=0).to(cast.dtype)
+        cast = cast * keep.view(x.shape) * _dropout.keep_scale(threshold)
+        base = linear(cast, weight.to(cast.dtype))
+    up = linear(linear(cast, a), b)
+    y: Tensor = (result + (scale - 1) * base + scale * up * scaling).to(result.dtype)
+    return y
 
 
 def _named(projection: LoraProjection) -> list[tuple[str, Tensor | None]]:

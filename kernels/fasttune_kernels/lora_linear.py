@@ -182,6 +182,7 @@ def _lora_up_kernel(
     b_ptr,  # [N, R] by strides
     bias_ptr,  # [N] or None
     addend_ptr,  # [M, N], columns adjacent, or None
+    addend_scale_ptr,  # [N] fp32, or None
     y_ptr,  # [M, N]
     seed_ptr,  # 0-d int64 or None
     threshold,
@@ -232,7 +233,11 @@ def _lora_up_kernel(
             mask=inside_m[:, None] & inside_n[None, :],
             other=0.0,
         )
-        acc = acc + addend.to(tl.float32)
+        addend = addend.to(tl.float32)
+        if addend_scale_ptr is not None:
+            scale = tl.load(addend_scale_ptr + columns, mask=inside_n, other=0.0)
+            addend = addend * scale[None, :]
+        acc = acc + addend
     y = acc.to(y_ptr.dtype.element_ty)
     if HAS_DROPOUT:
         key0, key1 = load_philox_key(seed_ptr)
@@ -462,6 +467,7 @@ def _up(
     branch: int,
     row_offset: int,
     addend: Tensor | None = None,  # [M, N], unit column stride; without dropout
+    addend_scale: Tensor | None = None,  # [N] fp32
 ) -> Tensor:  # [M, N]
     m, r = t.shape
     n = b.shape[0]
@@ -478,6 +484,7 @@ def _up(
             b,
             bias,
             addend,
+            addend_scale,
             y,
             seed if threshold > 0 else None,
             threshold,
@@ -634,9 +641,73 @@ def lora_up(
     *,
     out_dtype: torch.dtype,
     addend: Tensor | None = None,  # [M, N], unit column stride
+    addend_scale: Tensor | None = None,  # [N] fp32
 ) -> Tensor:
-    """-> y0 [M, N] in `out_dtype` = addend + bias + t b^T, summed in fp32 and rounded once."""
-    return _up(t, b, bias, out_dtype, None, 0, 0, 0, addend)
+    """-> y0 [M, N] in `out_dtype` = addend addend_scale + bias + t b^T, rounded once."""
+    return _up(t, b, bias, out_dtype, None, 0, 0, 0, addend, addend_scale)
+
+
+# Floor: read and write M K of x; 10 integer operations an element for the mask.
+@triton.jit(do_not_specialize=["M", "branch", "threshold", "row_offset"])
+def _drop_kernel(
+    x_ptr,  # [M, K], columns adjacent
+    out_ptr,  # [M, K]
+    seed_ptr,  # 0-d int64
+    threshold,
+    branch,
+    row_offset: tl.int64,
+    M,
+    K,
+    stride_xm,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    column_blocks = tl.cdiv(K, BLOCK_K)
+    pid_m = tl.program_id(0) // column_blocks
+    pid_k = tl.program_id(0) % column_blocks
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + columns[None, :], mask=inside, other=0.0)
+    key0, key1 = load_philox_key(seed_ptr)
+    keep = keep_mask(
+        rows + row_offset, pid_k * BLOCK_K, key0, key1, branch, threshold, BLOCK_M, BLOCK_K
+    )
+    tl.store(out_ptr + rows[:, None] * K + columns[None, :], tl.where(keep, x, 0.0), mask=inside)
+
+
+DROP_ROWS, DROP_COLUMNS = 8, 256  # of a program: 16 bytes a thread and row at four warps
+
+
+def drop(
+    x: Tensor,  # [M, K], unit column stride
+    *,
+    seed: Tensor,  # 0-d int64
+    threshold: int,
+    branch: int,
+    row_offset: int = 0,
+) -> Tensor:
+    """-> x * keep [M, K], not scaled."""
+    m, k = x.shape
+    out = x.new_empty((m, k))
+    if m == 0:
+        return out
+    with launch_device(x):
+        _drop_kernel[(divide_up(m, DROP_ROWS) * divide_up(k, DROP_COLUMNS),)](
+            x,
+            out,
+            seed,
+            threshold,
+            branch,
+            row_offset,
+            m,
+            k,
+            x.stride(0),
+            BLOCK_M=DROP_ROWS,
+            BLOCK_K=DROP_COLUMNS,
+            num_warps=4,
+        )
+    return out
 
 
 def lora_up_backward(

@@ -61,16 +61,6 @@ def test_configurations_equal_stock(make_lora_model, batch, change):
     )
 
 
-@pytest.mark.parametrize(
-    "change", [{"use_dora": True}, {"init_lora_weights": "pissa", "use_dora": True}], ids=str
-)
-def test_dora_takes_the_original_path_with_a_reason(make_lora_model, batch, change):
-    model = fasttune.patch(make_lora_model(**change))
-    assert_equal_to_stock(make_lora_model(**change), model, batch)
-    reasons = fasttune.report(model)["lora"].original
-    assert list(reasons) == ["LoRA variant DoraLinearVariant"]
-
-
 def test_two_active_adapters(make_lora_model, batch):
     def build():
         model = make_lora_model()

@@ -19,7 +19,13 @@ from fasttune.testing.triton_compile import (
 )
 from fasttune.testing.triton_dry_run import Launch, dry_run
 from fasttune_kernels.linear_cross_entropy import cross_entropy_rows_
-from fasttune_kernels.lora_linear import lora_down, lora_down_backward, lora_up, lora_up_backward
+from fasttune_kernels.lora_linear import (
+    drop,
+    lora_down,
+    lora_down_backward,
+    lora_up,
+    lora_up_backward,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOKENS, HIDDEN, INTERMEDIATE, VOCABULARY = 8192, 4096, 14336, 128256
@@ -73,7 +79,8 @@ def lora_launches(
     with dry_run(capability) as launches:
         lora_down(x, a, 2.0, None, **options)
         lora_up(t, b, None, out_dtype=x_dtype)
-        lora_up(t, b, None, out_dtype=x_dtype, addend=dy)
+        lora_up(t, b, None, out_dtype=x_dtype, addend=dy, addend_scale=torch.empty(INTERMEDIATE))
+        drop(x, seed=options["seed"], threshold=3277, branch=0)
         lora_up_backward(dy, t, b, 2.0, None, need_d=True, need_db=True)
         lora_down_backward(t, a, x, **options, dx_dtype=x_dtype, need_dx=True, need_da=True)
     return launches
@@ -152,7 +159,8 @@ def test_lora_launches(
     assert kernels == [
         "_lora_down_kernel",
         "_lora_up_kernel",
-        "_lora_up_kernel",  # with the output of an opaque base
+        "_lora_up_kernel",  # with the output of an opaque base, scaled as DoRA's
+        "_drop_kernel",
         *pair,
         "_lora_up_kernel",
         "_lora_weight_grad_kernel",

@@ -3,6 +3,7 @@
 from fasttune.testing.cases import (
     attention,
     bias_activation,
+    dora_linear,
     glu,
     layer_norm,
     linear_cross_entropy,
@@ -14,6 +15,7 @@ from fasttune.testing.conformance import Case
 
 _OPS = (
     lora_linear,
+    dora_linear,
     linear_cross_entropy,
     rms_norm,
     layer_norm,

@@ -1,0 +1,210 @@
+"""The registered ops of dora_linear: schema, fake and one implementation per backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune import _native, _registry
+from fasttune.ops import _dora_linear_reference, _dropout, _gemm, _support, _triton
+from fasttune.ops._arguments import accumulator
+
+# fp32 products of two matrices whose columns are summed, at a time.
+_BLOCK_BYTES = 4 << 20
+
+
+def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a, (dtype, base_dtype, need_base) = rest[1], rest[-3:]
+    y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    t = x.new_empty(x.shape[0], a.shape[0], dtype=accumulator(dtype))
+    return y, t, x.new_empty(y.shape if need_base else (0,), dtype=base_dtype)
+
+
+def _backward_fake(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> list[Tensor]:
+    a, b, magnitude = rest[:3]
+    x_dtype, needs = rest[-2:]
+    made: tuple[Callable[[], Tensor], ...] = (
+        lambda: dy.new_empty(dy.shape[0], weight.shape[1], dtype=x_dtype),
+        lambda: torch.empty_like(weight, memory_format=torch.contiguous_format),
+        lambda: dy.new_empty(dy.shape[1], dtype=accumulator(dy.dtype)),
+        lambda: torch.empty_like(a),
+        lambda: torch.empty_like(b),
+        lambda: torch.empty_like(magnitude),
+    )
+    return [make() for make, flag in zip(made, needs, strict=True) if flag]
+
+
+FORWARD = _registry.define(
+    "dora_linear_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor magnitude, Tensor norm, "
+    "Tensor? seed, float scaling, int threshold, ScalarType compute_dtype, ScalarType base_dtype, "
+    "bool need_base) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+BACKWARD = _registry.define(
+    "dora_linear_bwd",
+    "(Tensor dy, Tensor? x, Tensor weight, Tensor a, Tensor b, Tensor magnitude, Tensor norm, "
+    "Tensor? t, Tensor? base, Tensor? seed, float scaling, int threshold, ScalarType x_dtype, "
+    "bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+
+
+def _product(prims: ModuleType, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x W^T in ``dtype``, or in fp32 in a scratch buffer where products go through fp32."""
+    if prims is _native and _gemm.through_fp32(x.device, dtype):
+        return _gemm.linear_fp32(x, weight)
+    return torch.mm(x.to(dtype), weight.to(dtype).t())
+
+
+def _product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with an fp32 result, of operands as stored; on the CPU in a scratch buffer."""
+    if x.is_cpu:
+        return _gemm.linear_fp32(x, weight)
+    if x.dtype != weight.dtype or x.dtype == torch.float32:
+        return torch.mm(x.to(torch.float32), weight.to(torch.float32).t())
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def _product_backward(prims: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
+    """dy W, likewise."""
+    if prims is _native and _gemm.through_fp32(dy.device, dy.dtype):
+        return _gemm.linear_backward_fp32(dy, weight)
+    return torch.mm(dy, weight.to(dy.dtype))
+
+
+def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward in terms of the primitives of a backend."""
+    x, weight, bias, a, b, magnitude, norm, seed, scaling, threshold = args[:10]
+    dtype, base_dtype, need_base = args[10:]
+    g, scale = magnitude.to(torch.float32) / norm, _dropout.keep_scale(threshold)
+    draw = {"seed": seed, "threshold": threshold, "branch": 0}
+    t = prims.lora_down(x, a, scaling * scale, None, **draw)
+    up = g[:, None] * b.to(torch.float32)
+    if not threshold:
+        base = _product(prims, x, weight, dtype)
+        y = prims.lora_up(t, up, bias, out_dtype=dtype, addend=base, addend_scale=g)
+    else:
+        kept = prims.drop(x, **draw)
+        exact = base_dtype == torch.float32
+        base = _product_in_fp32(kept, weight) if exact else _product(prims, kept, weight, dtype)
+        through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
+        part_dtype = torch.float32 if through_fp32 else dtype
+        sums = {"addend": base, "addend_scale": (g - 1) * scale}
+        y = prims.lora_up(t, up, bias, out_dtype=part_dtype, **sums)
+        if need_base:
+            base = base.to(base_dtype, copy=True)  # out of the scratch buffer, before it is reused
+        if through_fp32:
+            y = y.add_(_product(prims, x, weight, dtype)).to(dtype)
+        else:
+            y = y.addmm_(x.to(dtype), weight.to(dtype).t())
+    return y, t, base.to(base_dtype) if need_base else x.new_empty(0, dtype=base_dtype)
+
+
+def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
+    """The backward in terms of the primitives of a backend."""
+    dy, x, weight, a, b, magnitude, norm, t, base, seed, scaling, threshold, x_dtype, needs = args
+    g, scale = magnitude.to(torch.float32) / norm, _dropout.keep_scale(threshold)
+    draw = {"seed": seed, "threshold": threshold, "branch": 0}
+    d, db = prims.lora_up_backward(
+        dy, t, g[:, None] * b.to(torch.float32), scaling * scale, None,
+        need_d=needs[0] or needs[3], need_db=needs[4] or needs[5],
+    )  # fmt: skip
+    grads: list[Tensor | None] = [None] * 6
+    factor = (g - 1) * scale if threshold else g
+    through_base = dy
+    if needs[0] or needs[1]:
+        through_base = torch.mul(dy, factor, out=torch.empty_like(dy))
+    if needs[0]:
+        grads[0] = _input_gradient(prims, dy, through_base, d, weight, a, draw, x_dtype)
+    if needs[1]:
+        kept = prims.drop(x, **draw) if threshold else x
+        dw = _gemm.weight_gradient(through_base, kept, weight.dtype)
+        grads[1] = dw.add_(_gemm.weight_gradient(dy, x, weight.dtype)) if threshold else dw
+    if needs[2]:
+        grads[2] = dy.sum(0, dtype=torch.float32)
+    if needs[3]:
+        off = {"dx_dtype": x_dtype, "need_dx": False, "need_da": True}
+        grads[3] = prims.lora_down_backward(d, a, x, **draw, **off)[1]
+    if needs[4]:
+        grads[4] = (g[:, None] * db).to(b.dtype)
+    if needs[5]:
+        dg = _column_dot(dy, base) * scale + (b.to(torch.float32) * db).sum(1)
+        grads[5] = (dg / norm).to(magnitude.dtype)
+    return [grad for grad, flag in zip(grads, needs, strict=True) if flag and grad is not None]
+
+
+def _input_gradient(
+    prims: ModuleType,
+    dy: Tensor,
+    through_base: Tensor,
+    d: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    draw: dict[str, Any],
+    dtype: torch.dtype,
+) -> Tensor:
+    product = _product_backward(prims, through_base, weight)
+    if product.dtype != dtype:
+        product = product.to(torch.float32)
+    if not draw["threshold"]:
+        dx: Tensor = prims.lora_up(d, a.t(), None, out_dtype=dtype, addend=product)
+        return dx
+    through_fp32 = prims is _native and _gemm.through_fp32(dy.device, dy.dtype)
+    part_dtype = torch.float32 if through_fp32 else dtype
+    dropped = prims.drop(
+        prims.lora_up(d, a.t(), None, out_dtype=part_dtype, addend=product), **draw
+    )
+    if not through_fp32 and dropped.dtype == dy.dtype:
+        dx = dropped.addmm_(dy, weight.to(dy.dtype))
+        return dx
+    dx = dropped.add_(_product_backward(prims, dy, weight)).to(dtype)
+    return dx
+
+
+def _column_dot(dy: Tensor, base: Tensor) -> Tensor:
+    """sum_m dy[m] base[m] [N] in fp32."""
+    total = torch.zeros(dy.shape[1], dtype=torch.float32, device=dy.device)
+    step = max(1, _BLOCK_BYTES // (4 * max(dy.shape[1], 1)))
+    step = step if dy.is_cpu else max(dy.shape[0], 1)
+    for start in range(0, dy.shape[0], step):
+        rows = slice(start, start + step)
+        total += (dy[rows].to(torch.float32) * base[rows]).sum(0)
+    return total
+
+
+def _cpu_supports(*args: Any) -> str | None:
+    return _support.why_not_cpu(args, [args[3]])
+
+
+def _triton_supports(*args: Any) -> str | None:
+    return _support.why_not_triton(args, [args[3]])
+
+
+@FORWARD.backend("cpu", _cpu_supports)
+def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return forward_with(_native, *args)
+
+
+@BACKWARD.backend("cpu", _cpu_supports)
+def _bwd_cpu(*args: Any) -> list[Tensor]:
+    return backward_with(_native, *args)
+
+
+@FORWARD.backend("triton", _triton_supports)
+def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return forward_with(_triton.kernels("lora_linear"), *args)
+
+
+@BACKWARD.backend("triton", _triton_supports)
+def _bwd_triton(*args: Any) -> list[Tensor]:
+    return backward_with(_triton.kernels("lora_linear"), *args)
+
+
+FORWARD.backend("reference", _support.never)(_dora_linear_reference.forward)
+BACKWARD.backend("reference", _support.never)(_dora_linear_reference.backward)
