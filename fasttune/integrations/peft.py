@@ -152,6 +152,11 @@ def why_dora_original(layer: Any, adapter: str, x: Tensor) -> Reason | None:
     return None
 
 
+def has_dropout(layer: Any, adapter: str) -> bool:
+    """True if an adapter has a dropout module, whether or not it drops now."""
+    return type(layer.lora_dropout[adapter]) is not nn.Identity
+
+
 def magnitude(layer: Any, adapter: str) -> Tensor:
     """The magnitude [N] of a DoRA adapter."""
     weight: Tensor = layer.lora_magnitude_vector[adapter].weight

@@ -86,12 +86,12 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor]
     draw = {"seed": seed, "threshold": threshold, "branch": 0}
     t = prims.lora_down(x, a, scaling * scale, None, **draw)
     up = g[:, None] * b.to(torch.float32)
+    exact = base_dtype == torch.float32 != dtype
     if not threshold:
-        base = _product(prims, x, weight, dtype)
+        base = _product_in_fp32(x, weight) if exact else _product(prims, x, weight, dtype)
         y = prims.lora_up(t, up, bias, out_dtype=dtype, addend=base, addend_scale=g)
     else:
         kept = prims.drop(x, **draw)
-        exact = base_dtype == torch.float32
         base = _product_in_fp32(kept, weight) if exact else _product(prims, kept, weight, dtype)
         through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
         part_dtype = torch.float32 if through_fp32 else dtype
@@ -103,7 +103,11 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor]
             y = y.add_(_product(prims, x, weight, dtype)).to(dtype)
         else:
             y = y.addmm_(x.to(dtype), weight.to(dtype).t())
-    return y, t, base.to(base_dtype) if need_base else x.new_empty(0, dtype=base_dtype)
+    if not need_base:
+        base = x.new_empty(0, dtype=base_dtype)
+    elif exact and not threshold:
+        base = base.clone()  # out of the scratch buffer
+    return y, t, base.to(base_dtype)
 
 
 def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:

@@ -207,13 +207,18 @@ def apply_dora(
     dropout_p: float,
     seed: Tensor | None = None,
     weight_norm: Tensor | None = None,
+    second_product: bool = False,
 ) -> Tensor:
-    """:func:`dora_linear` without validation, for callers that know their arguments."""
+    """:func:`dora_linear` without validation, for callers that know their arguments.
+
+    ``second_product``: PEFT computes a base product of its own for the adapter, in its dtype, also
+    where nothing is dropped.
+    """
     threshold = _dropout.threshold(dropout_p)
     if threshold and seed is None:
         seed = _dropout.draw_seed(x.device)
     norm = dora_weight_norm(weight, a, b, scaling) if weight_norm is None else weight_norm
-    exact = threshold and _torch.autocast_dtype(x.device.type) is None
+    exact = (threshold or second_product) and _torch.autocast_dtype(x.device.type) is None
     base_dtype = torch.promote_types(compute_dtype, a.dtype) if exact else compute_dtype
     facts = (norm, seed, scaling, threshold, compute_dtype, base_dtype)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad

@@ -74,6 +74,7 @@ def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
         x, weight, branch.a, branch.b, peft.magnitude(layer, adapter),
         _torch.autocast_dtype(x.device.type) or x.dtype,
         bias=layer.base_layer.bias, scaling=branch.scaling, dropout_p=branch.dropout_p,
+        second_product=peft.has_dropout(layer, adapter) and layer.training,
     )  # fmt: skip
     state.note_output(state.of(layer, KIND), y)
     return y

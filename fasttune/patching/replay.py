@@ -152,21 +152,24 @@ def _dora_variants(layer: Any, adapter: str, x: Tensor) -> _Variants:
         "seed": seed,
     }
 
+    second = peft.has_dropout(layer, adapter) and layer.training
+
     def with_leaves(values: Sequence[Tensor]) -> list[Any]:
         return list({**everything, **dict(zip(leaves, values, strict=True))}.values())
 
     def fused(x: Tensor, values: Sequence[Tensor]) -> Tensor:
         weight, a, b, magnitude, bias = with_leaves(values)
-        return apply_dora(x, weight, a, b, magnitude, dtype, bias=bias, **facts)
+        factors = (weight, a, b, magnitude)
+        return apply_dora(x, *factors, dtype, bias=bias, second_product=second, **facts)
 
     def truth(x: Tensor, values: Sequence[Tensor]) -> Tensor:
         tensors: list[Any] = [None if t is None else t.double() for t in with_leaves(values)]
-        return _dora_formula(x, *tensors, **facts)
+        return _dora_formula(x, *tensors, second=second, **facts)
 
     return _Variants(
         leaves,
         fused=fused,
-        stock=lambda x, v: _dora_formula(x, *with_leaves(v), **facts),
+        stock=lambda x, v: _dora_formula(x, *with_leaves(v), second=second, **facts),
         truth=truth,
         depth=max(layer.in_features, layer.out_features, x.numel() // max(x.shape[-1], 1)),
     )
@@ -297,17 +300,18 @@ def _dora_formula(
     scaling: float,
     dropout_p: float,
     seed: Tensor,
+    second: bool,
 ) -> Tensor:
     """PEFT's formula in plain torch, with the mask of a seed instead of its own dropout."""
     linear = nn.functional.linear
     result, base, cast = linear(x, weight, bias), linear(x, weight), x.to(a.dtype)
     whole = weight.to(cast.dtype) + scaling * (b @ a).to(cast.dtype)
     scale = magnitude / torch.linalg.vector_norm(whole, dim=1).detach()
-    if dropout_p:
+    if second:
         threshold = _dropout.threshold(dropout_p)
         x2 = x.reshape(-1, x.shape[-1])
         keep = _dropout.keep_mask(seed, threshold, *x2.shape, branch=0).to(cast.dtype)
-        cast = cast * keep.view(x.shape) * _dropout.keep_scale(threshold)
+        cast = cast * keep.expand_as(x2).view(x.shape) * _dropout.keep_scale(threshold)
         base = linear(cast, weight.to(cast.dtype))
     up = linear(linear(cast, a), b)
     y: Tensor = (result + (scale - 1) * base + scale * up * scaling).to(result.dtype)

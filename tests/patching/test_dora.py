@@ -89,6 +89,28 @@ def test_dropout_is_the_op_s_and_verifies(batch: dict[str, Tensor]) -> None:
     fasttune.verify(model, batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_that_is_off_equals_stock(batch: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """PEFT then still makes a second base product, in fp32 under fp32 adapters."""
+
+    def made() -> Any:
+        model = build(dtype, lora_dropout=0.2)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return model
+
+    stock, model, truth = made(), fasttune.patch(made()), made().double()
+    ours, theirs, exact = (step(each, batch) for each in (model, stock, truth))
+
+    def error(of: dict[str, Tensor]) -> float:
+        parts = [(of[n].double() - exact[n].double()).square().sum() for n in exact]
+        return float(torch.stack(parts).sum().sqrt())
+
+    assert error(ours) <= 1.5 * error(theirs)
+    fasttune.verify(model, batch)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_draws_the_same_mask(batch: dict[str, Tensor], use_reentrant: bool) -> None:
     model = fasttune.patch(build(lora_dropout=0.2))

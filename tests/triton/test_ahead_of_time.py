@@ -79,8 +79,7 @@ def lora_launches(
     with dry_run(capability) as launches:
         lora_down(x, a, 2.0, None, **options)
         lora_up(t, b, None, out_dtype=x_dtype)
-        lora_up(t, b, None, out_dtype=x_dtype, addend=dy, addend_scale=torch.empty(INTERMEDIATE))
-        drop(x, seed=options["seed"], threshold=3277, branch=0)
+        lora_up(t, b, None, out_dtype=x_dtype, addend=dy)
         lora_up_backward(dy, t, b, 2.0, None, need_d=True, need_db=True)
         lora_down_backward(t, a, x, **options, dx_dtype=x_dtype, need_dx=True, need_da=True)
     return launches
@@ -159,14 +158,29 @@ def test_lora_launches(
     assert kernels == [
         "_lora_down_kernel",
         "_lora_up_kernel",
-        "_lora_up_kernel",  # with the output of an opaque base, scaled as DoRA's
-        "_drop_kernel",
+        "_lora_up_kernel",  # with the output of an opaque base
         *pair,
         "_lora_up_kernel",
         "_lora_weight_grad_kernel",
     ]
     for launch in launches:
         assert_lora_launch_is_sound(launch, capability)
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90, 120])
+def test_dora_launches(capability: int) -> None:
+    """What DoRA adds: a scaled addend and the mask."""
+    dtype = torch.float16 if capability == 75 else torch.bfloat16
+    x = torch.empty(TOKENS, INTERMEDIATE, dtype=dtype)
+    t, b, scale = torch.empty(TOKENS, 16), torch.empty(INTERMEDIATE, 16), torch.empty(INTERMEDIATE)
+    with dry_run(capability) as launches:
+        lora_up(t, b, None, out_dtype=dtype, addend=x, addend_scale=scale)
+        drop(x, seed=torch.tensor(1), threshold=3277, branch=0)
+    assert [launch.kernel for launch in launches] == ["_lora_up_kernel", "_drop_kernel"]
+    for launch in launches:
+        assert_fits(launch)
+        assert count_global_loads(launch.instructions, bits=128) >= 1
+        assert count_global_stores(launch.instructions, bits=128) >= 1
 
 
 CROSS_ENTROPY_OPTIONS = {
