@@ -49,7 +49,7 @@ def branch_scale(scaling: float, threshold: int) -> float:
     return scaling * _dropout.keep_scale(threshold)
 
 
-def _total_bias(
+def total_bias(
     bias: Tensor | None,
     lora_biases: Sequence[Tensor | None],
     scalings: Sequence[float],
@@ -105,7 +105,7 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
             for j in branches
         ]
         ts += own
-        bias = _total_bias(
+        bias = total_bias(
             biases[i],
             [lora_biases[j] for j in branches],
             [scalings[j] for j in branches],
@@ -232,11 +232,11 @@ def _input_side(
         assert total is not None
         return (total if ds else total.to(dtype, copy=True)), das
     for dy, weight in zip(dys, weights, strict=True):
-        total = _add_product(total, dy, weight.to(dy.dtype), dtype)
+        total = add_product(total, dy, weight.to(dy.dtype), dtype)
     return total, das
 
 
-def _add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if total is None:
         return torch.mm(dy, weight).to(dtype)
     if total.dtype == dy.dtype:

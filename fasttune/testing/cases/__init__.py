@@ -7,6 +7,7 @@ from fasttune.testing.cases import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    lora_segmented,
     rms_norm,
     rope,
 )
@@ -14,6 +15,7 @@ from fasttune.testing.conformance import Case
 
 _OPS = (
     lora_linear,
+    lora_segmented,
     linear_cross_entropy,
     rms_norm,
     layer_norm,
