@@ -17,7 +17,7 @@ from fasttune.ops.policy import (
     lora_not_faster,
     lora_too_small,
 )
-from fasttune.patching import state, swap
+from fasttune.patching import mixed_layer, state, swap
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
@@ -44,6 +44,9 @@ def patch_layers(session: Session) -> None:
 
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    mixed = mixed_layer.forward(layer, original, state.of(layer, KIND), x, args, kwargs)
+    if mixed is not None:
+        return mixed
     reason = _why_original(layer, x, args, kwargs)
     if reason is None:
         projection = peft.projection(layer)
