@@ -115,8 +115,6 @@ def why_original(
         return Reason("adapters are disabled", expected=True)
     if layer.merged:
         return Reason("adapters are merged", expected=True)
-    if kwargs.get("adapter_names") is not None:
-        return Reason("adapter_names: a mixed batch")
     if args or any(value is not None for value in kwargs.values()):
         return Reason("called with extra arguments")
     if not layer.training and not torch.is_grad_enabled():

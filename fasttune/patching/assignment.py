@@ -41,6 +41,11 @@ def traced() -> bool:
     return _any_context and bool(_current.layers)
 
 
+def lost_by(layer: nn.Module) -> bool:
+    """True for a DataParallel replica, which runs on a thread of its own, during any context."""
+    return _any_context and bool(layer.__dict__.get("_is_replica"))
+
+
 def names_of(layer: nn.Module) -> Names | None:
     """The adapter of each sample for this layer, or None outside a mixed batch."""
     return _current.layers.get(id(layer))

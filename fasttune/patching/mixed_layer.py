@@ -42,6 +42,8 @@ def forward(
             raise PatchError("mixed_adapters: torch.compile cannot trace a mixed batch")
         return None
     names = assignment.names_of(layer)
+    if names is None and assignment.lost_by(layer):
+        raise PatchError(f"{record.name}: a DataParallel replica cannot run a mixed batch")
     if _torch.inside_backward():
         if assignment.is_unbound() and (record.mixed or names is not None):
             raise PatchError(f"{record.name} {_UNBOUND}")

@@ -8,7 +8,7 @@ from torch.library import opcheck
 from torch.nn.functional import linear
 
 import fasttune
-from fasttune.ops import LoraBranch, lora_linear, lora_segmented
+from fasttune.ops import LoraBranch, lora_linear, lora_segmented, rms_norm
 from fasttune.ops._lora_segmented_backends import BACKWARD, FORWARD
 from fasttune.ops._lora_segmented_plan import MAX_SEGMENTS, plan
 
@@ -222,6 +222,26 @@ def test_saved_for_backward_is_the_input_and_t_only():
         each.a.requires_grad_(False)
     y = lora_segmented(x, weight, branches, [0, -1, 1, 1])
     assert y.grad_fn.saved_bytes == 4 * (6 * 4 + 12 * 8)
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "t_floats"),
+    [([0, -1, 1, 1], 60 * (4 + 8 + 8)), ([i % 3 for i in range(240)], 80 * (4 + 8 + 16))],
+    ids=["segments", "gathered"],
+)
+def test_the_output_of_a_norm_is_rebuilt_and_not_saved(rows_of, t_floats):
+    x, weight, branches = arguments(4, 60)
+    gain = torch.rand(K).requires_grad_()
+    results = []
+    for detached in (False, True):
+        h = rms_norm(x, gain, eps=1e-6)
+        if detached:
+            h = h.detach().requires_grad_()
+        y = lora_segmented(h, weight, branches, rows_of)
+        results.append(torch.autograd.grad(y.square().sum(), leaves_of(branches[:2])))
+        assert y.grad_fn.saved_bytes == 4 * (t_floats + (x.numel() if detached else 0))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rows_of", [[0, 1, 2], [2, -1, 0]], ids=str)

@@ -438,6 +438,27 @@ def test_a_hook_inside_a_layer_raises_instead_of_being_skipped(make_model):
         model(**inputs(2))
 
 
+def test_a_data_parallel_replica_raises_instead_of_running_the_active_adapter(make_model):
+    model = fasttune.patch(make_model())
+    replica, x = q_proj(model)._replicate_for_data_parallel(), torch.randn(5, 3, 64)
+    with (
+        fasttune.mixed_adapters(model, NAMES),
+        pytest.raises(fasttune.PatchError, match=r"q_proj: a DataParallel replica"),
+    ):
+        replica(x)
+
+
+def test_quantised_base_layers_are_named(make_model):
+    model = fasttune.patch(make_model())
+    layer = q_proj(model)
+    layer.base_layer.weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), False)
+    with (
+        fasttune.mixed_adapters(model, NAMES),
+        pytest.raises(fasttune.PatchError, match=r"q_proj: no mixed batch: dtype torch.float32"),
+    ):
+        model(**inputs())
+
+
 def test_torch_compile_raises(make_model):
     model = fasttune.patch(make_model())
     layer, x = q_proj(model), torch.randn(5, 3, 64)
