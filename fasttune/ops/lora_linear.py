@@ -249,7 +249,7 @@ def lora_linear_group(
 
     Semantics of each projection: ``peft.tuners.lora.layer.Linear.forward`` (PEFT 0.21).
     """
-    compute_dtype = _validate(x, projections, seed)
+    compute_dtype = validate(x, projections, seed)
     return apply_group(x, projections, compute_dtype, seed=seed)
 
 
@@ -315,7 +315,8 @@ def _check_base(x: Tensor, projection: LoraProjection) -> int:
     return base.shape[-1]
 
 
-def _validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | None) -> torch.dtype:
+def validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | None) -> torch.dtype:
+    """The compute dtype of a call; raises what :func:`lora_linear_group` documents."""
     check_float("x", x)
     if x.dim() < 1:
         raise ValueError(f"x: expected at least one dimension [*, K], got shape {tuple(x.shape)}")

@@ -2,6 +2,7 @@
 
 from fasttune.patching.compare import Comparison, compare
 from fasttune.patching.engine import is_patched, patch, unpatch
+from fasttune.patching.mixed import mixed_adapters
 from fasttune.patching.report import Explanation, Report, explain, report
 from fasttune.patching.verify import Verification, verify
 
@@ -13,6 +14,7 @@ __all__ = [
     "compare",
     "explain",
     "is_patched",
+    "mixed_adapters",
     "patch",
     "report",
     "unpatch",

@@ -18,7 +18,7 @@ from fasttune.ops.policy import (
     lora_not_faster,
     lora_too_small,
 )
-from fasttune.patching import state, swap
+from fasttune.patching import mixed_layer, state, swap
 from fasttune.patching.guard import FLOATS
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
@@ -46,6 +46,9 @@ def patch_layers(session: Session) -> None:
 
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    mixed = mixed_layer.forward(layer, original, state.of(layer, KIND), x, args, kwargs)
+    if mixed is not None:
+        return mixed
     reason = _why_original(layer, x, args, kwargs)
     if reason is None and (adapter := peft.dora_adapter(layer)) is not None:
         return _fused_dora(layer, x, adapter)

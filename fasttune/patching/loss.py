@@ -21,7 +21,7 @@ from fasttune.integrations import peft, transformers
 from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
 from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, loss_too_small
-from fasttune.patching import state, swap
+from fasttune.patching import assignment, state, swap
 from fasttune.patching.lazy_logits import LazyLogits, Snapshot, head_width
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
@@ -224,6 +224,8 @@ def why_head_original(head: nn.Module) -> Reason | None:
         if peft.hooked(module):
             return Reason("a hook on the output head")
     if peft.loaded() and peft.is_linear(swap.original_class(module)):
+        if assignment.names_of(module) is not None:
+            return Reason("a mixed batch on the output head", expected=True)
         reason = None if module.disable_adapters or module.merged else peft.why_factors(module)
         if reason is not None:
             return reason

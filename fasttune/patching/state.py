@@ -34,6 +34,7 @@ class ModuleState:
         fallbacks: calls that took the original path, by reason.
         backend: backend of the last fused call.
         saved_bytes: what the last fused call saved for backward, parameters excluded.
+        mixed: the last call outside a backward was part of a mixed batch.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModuleState:
     backend: str = ""
     saved_bytes: int = 0
     plan: Any = None
+    mixed: bool = False
 
     @property
     def calls(self) -> int:

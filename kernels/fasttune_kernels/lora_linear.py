@@ -468,10 +468,11 @@ def _up(
     row_offset: int,
     addend: Tensor | None = None,  # [M, N], unit column stride; without dropout
     addend_scale: Tensor | None = None,  # [N] fp32
+    out: Tensor | None = None,  # [M, N] contiguous
 ) -> Tensor:  # [M, N]
     m, r = t.shape
     n = b.shape[0]
-    y = t.new_empty((m, n), dtype=out_dtype)
+    y = t.new_empty((m, n), dtype=out_dtype) if out is None else out
     if m == 0:
         return y
     gpu = gpu_of(t)
@@ -642,9 +643,12 @@ def lora_up(
     out_dtype: torch.dtype,
     addend: Tensor | None = None,  # [M, N], unit column stride
     addend_scale: Tensor | None = None,  # [N] fp32
+    out: Tensor | None = None,  # [M, N] contiguous, in `out_dtype`
 ) -> Tensor:
-    """-> y0 [M, N] in `out_dtype` = addend addend_scale + bias + t b^T, rounded once."""
-    return _up(t, b, bias, out_dtype, None, 0, 0, 0, addend, addend_scale)
+    """-> y0 [M, N] in `out_dtype` = addend addend_scale + bias + t b^T, rounded once; written into
+    `out` if given.
+    """
+    return _up(t, b, bias, out_dtype, None, 0, 0, 0, addend, addend_scale, out)
 
 
 # Floor: read and write M K of x; 10 integer operations an element for the mask.
@@ -747,11 +751,14 @@ def lora_down_backward(
     dx_dtype: torch.dtype,
     need_dx: bool,
     need_da: bool,
+    out: Tensor | None = None,  # [M, K] contiguous, in `dx_dtype`
 ) -> tuple[Tensor | None, Tensor | None]:
-    """-> dx0 [M, K] in `dx_dtype` = keep * (d a), and da [R, K] in a.dtype = d^T (x * keep)."""
+    """-> dx0 [M, K] in `dx_dtype` = keep * (d a), written into `out` if given, and da [R, K] in
+    a.dtype = d^T (x * keep).
+    """
     dx = None
     if need_dx:
-        dx = _up(d, a.t(), None, dx_dtype, seed, threshold, branch, row_offset)
+        dx = _up(d, a.t(), None, dx_dtype, seed, threshold, branch, row_offset, out=out)
     da = None
     if need_da:
         da = torch.empty_like(a)

@@ -111,6 +111,7 @@ def op_arguments(thresholds=(6554,)):
         [1],
         torch.tensor(3),
         torch.float32,
+        [None],
     )
 
 
@@ -118,7 +119,7 @@ def test_opcheck():
     args = op_arguments()
     opcheck(FORWARD.registered, args)
     ys, ts = FORWARD.registered(*args)
-    x, weights, _, a, b, _, scaling, scalings, thresholds, counts, seed, dtype = args
+    x, weights, _, a, b, _, scaling, scalings, thresholds, counts, seed, dtype, _ = args
     needs = [True, True, True, True, True, False]
     opcheck(
         BACKWARD.registered,

@@ -8,6 +8,7 @@ from fasttune.testing.cases import (
     layer_norm,
     linear_cross_entropy,
     lora_linear,
+    lora_segmented,
     rms_norm,
     rope,
 )
@@ -16,6 +17,7 @@ from fasttune.testing.conformance import Case
 _OPS = (
     lora_linear,
     dora_linear,
+    lora_segmented,
     linear_cross_entropy,
     rms_norm,
     layer_norm,
