@@ -61,6 +61,7 @@ def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> l
     x, weights, biases, a, b = args[:5]
     owners = _owners(args[9])
     ys, ts = result
+    bases = args[12]
     launches = [
         Launch("fasttune::lora_down", _bytes(x, down), _bytes(t))
         for down, t in zip(a, ts, strict=True)
@@ -68,8 +69,10 @@ def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> l
     for i, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own = [j for j, owner in enumerate(owners) if owner == i]
         if own:
-            reads = sum(_bytes(ts[j], b[j]) for j in own) + _bytes(biases[i])
+            reads = sum(_bytes(ts[j], b[j]) for j in own) + _bytes(biases[i], bases[i])
             launches.append(Launch("fasttune::lora_up", reads, _bytes(y)))
+            if weight is None:  # the base layer's own forward has run
+                continue
             launches.append(Launch("aten::addmm_", _bytes(x, weight, y), _bytes(y), gemm=True))
         else:
             reads = _bytes(x, weight, biases[i])
@@ -109,7 +112,7 @@ def _backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> 
             reads = _bytes(a[j]) + d_bytes
             launches.append(Launch("fasttune::lora_down_backward.dx", reads, written))
     for i, weight in enumerate(weights):
-        if need_x:
+        if need_x and weight is not None:
             reads = _bytes(dys[i], weight) + written
             launches.append(Launch("aten::addmm_", reads, written, gemm=True))
         if need_w[i]:
@@ -141,6 +144,53 @@ def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     return launches
 
 
+def _dora_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
+    x, weight, bias, a, b = args[:5]
+    dropped = args[9] > 0
+    y, t, base = result
+    product = y.numel() * args[11].itemsize
+    scaled = b.numel() * _FP32_BYTES
+    launches = [
+        Launch("fasttune::lora_down", _bytes(x, a), _bytes(t)),
+        Launch("aten::mul", _bytes(b), scaled),
+        Launch("aten::mm", _bytes(x, weight), product, gemm=True),
+        Launch("fasttune::lora_up", _bytes(t, bias) + scaled + product, _bytes(y)),
+    ]
+    if dropped:
+        launches.append(Launch("fasttune::drop", _bytes(x), _bytes(x)))
+        launches.append(Launch("aten::addmm_", _bytes(x, weight, y), _bytes(y), gemm=True))
+    return launches
+
+
+def _dora_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
+    dy, x, weight, a, b = args[:5]
+    base, dropped, needs = args[8], args[11] > 0, args[13]
+    d = dy.shape[0] * a.shape[0] * _FP32_BYTES
+    scaled = b.numel() * _FP32_BYTES
+    launches = [
+        Launch("aten::mul", _bytes(b), scaled),
+        Launch("fasttune::lora_up_backward", _bytes(dy) + d + scaled, d + scaled),
+    ]
+    if needs[0] or needs[1]:
+        launches.append(Launch("aten::mul", _bytes(dy), _bytes(dy)))
+    if needs[0]:
+        dx = _bytes(result[0])
+        launches.append(Launch("aten::mm", _bytes(dy, weight), dx, gemm=True))
+        launches.append(Launch("fasttune::lora_up", _bytes(a) + d + dx, dx))
+        if dropped:
+            launches.append(Launch("fasttune::drop", dx, dx))
+            launches.append(Launch("aten::addmm_", _bytes(dy, weight) + dx, dx, gemm=True))
+    for _ in range(needs[1] * (2 if dropped else 1)):
+        launches.append(Launch("aten::mm", _bytes(dy, x), _bytes(weight), gemm=True))
+    if needs[3]:
+        launches.append(Launch("fasttune::lora_down_backward.da", _bytes(x) + d, _bytes(a)))
+    if needs[5]:  # the sum over rows of dy times the base product, in fp32
+        launches.append(Launch("aten::sum", _bytes(dy, base), dy.shape[1] * _FP32_BYTES))
+    return launches
+
+
 register_cost("fasttune::lora_linear_fwd", _forward)
+register_cost("fasttune::dora_linear_fwd", _dora_forward)
+register_cost("fasttune::dora_linear_bwd", _dora_backward)
 register_cost("fasttune::lora_linear_bwd", _backward)
 register_cost("fasttune::linear_cross_entropy_fwd", _cross_entropy)
