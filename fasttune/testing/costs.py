@@ -147,7 +147,7 @@ def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 def _dora_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
     x, weight, bias, a, b = args[:5]
     dropped = args[9] > 0
-    y, t, base = result
+    y, t, _ = result
     product = y.numel() * args[11].itemsize
     scaled = b.numel() * _FP32_BYTES
     launches = [
