@@ -136,9 +136,8 @@ PYBIND11_MODULE(_cpu, m) {
       release());
   m.def(
       "lora_expand",
-      [](uintptr_t t, uintptr_t panel, int64_t rank, const Matrix* addend,
-         uintptr_t addend_scale, uintptr_t bias, const Dropout& dropout, const MutableMatrix& out,
-         int threads) {
+      [](uintptr_t t, uintptr_t panel, int64_t rank, const Matrix* addend, uintptr_t addend_scale,
+         uintptr_t bias, const Dropout& dropout, const MutableMatrix& out, int threads) {
         const ExpandTerms terms{addend, pointer<const float>(addend_scale),
                                 pointer<const float>(bias)};
         kernels().lora_expand(pointer<const float>(t), pointer<const float>(panel), rank, terms,
