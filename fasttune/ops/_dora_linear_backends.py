@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry
-from fasttune.ops import _dora_linear_reference, _dropout, _gemm, _support, _triton
+from fasttune.ops import _dora_linear_reference, _dropout, _gemm, _support
 from fasttune.ops._arguments import accumulator
 
 # fp32 products of two matrices whose columns are summed, at a time.
@@ -182,33 +182,6 @@ def _column_dot(dy: Tensor, base: Tensor) -> Tensor:
     return total
 
 
-def _cpu_supports(*args: Any) -> str | None:
-    return _support.why_not_cpu(args, [args[3]])
-
-
-def _triton_supports(*args: Any) -> str | None:
-    return _support.why_not_triton(args, [args[3]])
-
-
-@FORWARD.backend("cpu", _cpu_supports)
-def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return forward_with(_native, *args)
-
-
-@BACKWARD.backend("cpu", _cpu_supports)
-def _bwd_cpu(*args: Any) -> list[Tensor]:
-    return backward_with(_native, *args)
-
-
-@FORWARD.backend("triton", _triton_supports)
-def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return forward_with(_triton.kernels("lora_linear"), *args)
-
-
-@BACKWARD.backend("triton", _triton_supports)
-def _bwd_triton(*args: Any) -> list[Tensor]:
-    return backward_with(_triton.kernels("lora_linear"), *args)
-
-
-FORWARD.backend("reference", _support.never)(_dora_linear_reference.forward)
-BACKWARD.backend("reference", _support.never)(_dora_linear_reference.backward)
+_support.register_lora_backends(
+    FORWARD, BACKWARD, forward_with, backward_with, _dora_linear_reference
+)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune import _native, _registry
-from fasttune.ops import _lora_linear_reference, _support, _triton
+from fasttune import _registry
+from fasttune.ops import _lora_linear_reference, _support
 from fasttune.ops._arguments import accumulator
 from fasttune.ops._lora_linear_products import Needs, backward_with, forward_with
 
@@ -78,33 +78,6 @@ BACKWARD = _registry.define(
 )
 
 
-def _cpu_supports(*args: Any) -> str | None:
-    return _support.why_not_cpu(args, args[3])
-
-
-def _triton_supports(*args: Any) -> str | None:
-    return _support.why_not_triton(args, args[3])
-
-
-@FORWARD.backend("cpu", _cpu_supports)
-def _fwd_cpu(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return forward_with(_native, *args)
-
-
-@BACKWARD.backend("cpu", _cpu_supports)
-def _bwd_cpu(*args: Any) -> list[Tensor]:
-    return backward_with(_native, *args)
-
-
-@FORWARD.backend("triton", _triton_supports)
-def _fwd_triton(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return forward_with(_triton.kernels("lora_linear"), *args)
-
-
-@BACKWARD.backend("triton", _triton_supports)
-def _bwd_triton(*args: Any) -> list[Tensor]:
-    return backward_with(_triton.kernels("lora_linear"), *args)
-
-
-FORWARD.backend("reference", _support.never)(_lora_linear_reference.forward)
-BACKWARD.backend("reference", _support.never)(_lora_linear_reference.backward)
+_support.register_lora_backends(
+    FORWARD, BACKWARD, forward_with, backward_with, _lora_linear_reference
+)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from fasttune import _native
+from fasttune._registry import Op
 from fasttune.ops import _triton
 from fasttune.ops._arguments import KERNEL_DTYPES
 
@@ -32,6 +35,42 @@ def why_not_triton(args: Sequence[Any], a: Sequence[Tensor]) -> str | None:
 def never(*args: Any) -> str | None:
     """The reference takes everything."""
     return None
+
+
+def register_lora_backends(
+    forward: Op,
+    backward: Op,
+    forward_with: Callable[..., Any],
+    backward_with: Callable[..., Any],
+    reference: ModuleType,
+) -> None:
+    """The backends of an op that is made of the primitives of a LoRA branch.
+
+    Args:
+        forward, backward: the ops; A, a tensor or several, is argument 3 of both.
+        forward_with, backward_with: take the module of a backend's primitives, then the op's
+            arguments.
+        reference: a module with ``forward`` and ``backward`` in plain torch.
+    """
+    for op, run, plain in (
+        (forward, forward_with, reference.forward),
+        (backward, backward_with, reference.backward),
+    ):
+        op.backend("cpu", _lora_on_cpu)(partial(run, _native))
+        op.backend("triton", _lora_on_triton)(partial(_with_triton, run))
+        op.backend("reference", never)(plain)
+
+
+def _with_triton(run: Callable[..., Any], *args: Any) -> Any:
+    return run(_triton.kernels("lora_linear"), *args)  # triton is imported at the first call
+
+
+def _lora_on_cpu(*args: Any) -> str | None:
+    return why_not_cpu(args, _flatten([args[3]]))
+
+
+def _lora_on_triton(*args: Any) -> str | None:
+    return why_not_triton(args, _flatten([args[3]]))
 
 
 def _flatten(args: Sequence[Any]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fasttune.errors import PatchError, VerificationError
+from fasttune.ops.policy import no_limits
 from fasttune.patching import activation, attention, lora, loss, mlp, norm, swap, tokens
 from fasttune.patching.engine import is_patched
 from fasttune.patching.replay import LayerCheck, check_layers
@@ -64,6 +65,7 @@ class Verification:
 def verify(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Verification:
     """Raise if the patched model's step on ``batch`` is not the stock model's.
 
+    Layers that take the original path only because the batch is small are fused here all the same.
     Random state, ``.grad``, buffers and train / eval mode are as before afterwards; no parameter
     changes.
 
@@ -82,7 +84,7 @@ def verify(model: nn.Module, batch: Any, loss_fn: LossFn | None = None) -> Verif
     """
     if not is_patched(model):
         raise PatchError("verify: the model is not patched; call fasttune.patch first")
-    with preserved(model):
+    with preserved(model), no_limits():
         model.train()
         _refuse_a_batch_without_a_finite_loss(model, batch, loss_fn)
         layers = check_layers(model, batch, loss_fn)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import relative, tiny_llama, with_lora
+from tiny_models import gradients, relative, tiny_llama, with_lora
 from torch.utils.data import Dataset
 
 import fasttune
@@ -245,7 +245,17 @@ def test_data_parallel_replicas_take_the_stock_path(batch):
 
 def test_torch_compile_of_a_patched_model_gives_the_same_numbers(batch):
     model = fasttune.patch(with_lora(tiny_llama()).train())
-    expected = model(**batch).loss
+    inputs = {name: batch[name] for name in ("input_ids", "labels")}
+    expected = model(**inputs).loss
+    expected.backward()
+    gradients_of_eager = gradients(model)
+    model.zero_grad()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    assert relative(compiled(**batch).loss.detach(), expected.detach()) < 1e-6
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(**inputs).loss
+    loss.backward()
+    assert relative(loss.detach(), expected.detach()) < 1e-6
+    ours = gradients(model)
+    assert ours.keys() == gradients_of_eager.keys()
+    for name, gradient in gradients_of_eager.items():
+        assert relative(ours[name], gradient) < 2e-5, name

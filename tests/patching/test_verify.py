@@ -144,3 +144,13 @@ def test_verify_under_no_grad_and_without_anything_to_train(model, batch):
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match="needs no gradient"):
         fasttune.verify(model, batch)
+
+
+@pytest.mark.limits
+def test_a_small_batch_is_checked_on_the_fused_path(make_lora_model, batch):
+    """Its calls take the original path in training, and a check of that would say nothing."""
+    model = fasttune.patch(make_lora_model())
+    verified = fasttune.verify(model, batch)
+    assert {check.layer for check in verified.layers if "q_proj" in check.layer}
+    model(**batch).loss.backward()
+    assert fasttune.report(model)["lora"].fused == 0  # the limits are back
