@@ -250,6 +250,33 @@ PYBIND11_MODULE(_cpu, m) {
                                      pointer<float>(rstd), threads);
       },
       release());
+  m.attr("adamw_block") = kAdamWBlock;
+  m.attr("adamw_quantised") = kQuantised;
+  m.attr("adamw_address_columns") = sizeof(AdamWAddresses) / sizeof(int64_t);
+  m.attr("adamw_fact_columns") = sizeof(AdamWFacts) / sizeof(double);
+  m.def(
+      "sums_of_squares",
+      [](uintptr_t tensors, int64_t count, int dtype, uintptr_t out, int threads) {
+        kernels().sums_of_squares(pointer<const AdamWAddresses>(tensors), count,
+                                  static_cast<DType>(dtype), pointer<double>(out), threads);
+      },
+      release());
+  m.def(
+      "adamw_step",
+      [](uintptr_t tensors, uintptr_t facts, int64_t count, int param_dtype, int grad_dtype,
+         int moments, int rounding, float grad_factor, uint64_t seed, uintptr_t norms,
+         int threads) {
+        const AdamWCall call{static_cast<DType>(param_dtype),
+                             static_cast<DType>(grad_dtype),
+                             static_cast<Moments>(moments),
+                             static_cast<Rounding>(rounding),
+                             grad_factor,
+                             seed};
+        kernels().adamw_step(pointer<const AdamWAddresses>(tensors),
+                             pointer<const AdamWFacts>(facts), count, call, pointer<double>(norms),
+                             threads);
+      },
+      release());
   m.def(
       "layer_norm_backward",
       [](const Matrix& dy, const Matrix& x, const NormVector& weight, uintptr_t mean,

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "reason", "_torch", "memory", "allocator"),
     ("_registry", "_native", "_cpu"),
     ("ops",),
-    ("nn",),
+    ("nn", "optim"),
     ("patching", "integrations"),
     ("doctor", ""),
     ("demo", "cli"),

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "staging.h"
+
 namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
@@ -16,26 +18,6 @@ inline const char* at(const Matrix& x, int64_t row, int64_t col) {
 }
 inline char* at(const MutableMatrix& x, int64_t row, int64_t col) {
   return x.data ? static_cast<char*>(x.data) + (row * x.stride + col) * size_of(x.dtype) : nullptr;
-}
-
-void widen(const char* src, DType dtype, int64_t count, float* dst) {
-  with_element(dtype, [&](auto element) {
-    using E = decltype(element);
-    const auto* data = reinterpret_cast<const typename E::type*>(src);
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) store(dst + j, E::load(data + j));
-    for (; j < count; ++j) dst[j] = E::load_one(data + j);
-  });
-}
-
-void narrow(const float* src, int64_t count, DType dtype, char* dst) {
-  with_element(dtype, [&](auto element) {
-    using E = decltype(element);
-    auto* data = reinterpret_cast<typename E::type*>(dst);
-    int64_t j = 0;
-    for (; j + kLanes <= count; j += kLanes) E::store(data + j, load(src + j));
-    for (; j < count; ++j) E::store_one(data + j, src[j]);
-  });
 }
 
 // Elements [col, col + count) of a row through fp32 copies on the stack.

@@ -134,6 +134,34 @@ struct ColumnSums {
   int64_t chunks;  // how the rows are shared out, also where no sum is wanted
 };
 
+// The tables of an AdamW step have a row for each tensor; fasttune_kernels/adamw_tables.py names
+// the same columns.
+struct AdamWAddresses {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null: no amsgrad
+  void* residue;  // what a 16-bit parameter is short of: low bits of a master, or Kahan's sum
+  float* scales;  // [2, blocks]: those of 8-bit exp_avg, then of exp_avg_sq
+  int64_t numel;
+  const void *lr, *decay, *step;  // for values on a device; unused here
+};
+struct AdamWFacts {
+  double lr, beta1, beta2, eps, decay, step, stream;
+};
+enum class Moments : int { kFloat32 = 0, kBFloat16 = 1, k8Bit = 2 };
+enum class Rounding : int { kNearest = 0, kMaster = 1, kStochastic = 2, kKahan = 3 };
+
+// What all tensors of a call share.
+struct AdamWCall {
+  DType param_dtype, grad_dtype;
+  Moments moments;
+  Rounding rounding;
+  float grad_factor;  // unscales, clips, and has the sign of the direction
+  uint64_t seed;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -218,10 +246,21 @@ struct Kernels {
                               const float* mean, const float* rstd, const Matrix* addend,
                               const MutableMatrix* dx, const ColumnSums& dweight,
                               const ColumnSums& dbias, int threads);
+
+  // out [count]: the sum of squares of each tensor's gradient, the same whatever the threads.
+  void (*sums_of_squares)(const AdamWAddresses* tensors, int64_t count, DType dtype, double* out,
+                          int threads);
+
+  // One step of AdamW in place. norms [count, 3]: squared norms of the gradient as it came, of the
+  // update and of the updated parameter.
+  void (*adamw_step)(const AdamWAddresses* tensors, const AdamWFacts* facts, int64_t count,
+                     const AdamWCall& call, double* norms, int threads);
 };
 
-constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds
-constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
+constexpr int64_t kSumRows = 256;      // rows of x that one partial sum of column_sum adds
+constexpr int64_t kAdamWBlock = 8192;  // elements that one partial norm of AdamW covers
+constexpr int64_t kQuantised = 256;    // elements that share a scale of 8-bit moments
+constexpr int64_t kLanes = 16;         // fp32 values in a vector of every build
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 
 namespace avx512bf16 {  // AVX-512 with the dot product of bf16 pairs

@@ -1,4 +1,5 @@
 // The table of one build; compiled once per instruction set.
+#include "adamw.h"
 #include "attention.h"
 #include "bias_activation.h"
 #include "glu.h"
@@ -30,7 +31,9 @@ const Kernels& table() {
                                rms_norm_forward,
                                rms_norm_backward,
                                layer_norm_forward,
-                               layer_norm_backward};
+                               layer_norm_backward,
+                               sums_of_squares,
+                               adamw_step};
   return kernels;
 }
 

@@ -12,6 +12,7 @@ from fasttune._native._extension import (
     free_scratch,
     scratch,
 )
+from fasttune._native.adamw import adamw_step, sums_of_squares
 from fasttune._native.attention import MAX_WIDTH, attention_backward, attention_forward
 from fasttune._native.bias_activation import (
     bias_activation_backward,
@@ -39,6 +40,7 @@ from fasttune._native.rope import rope_backward, rope_forward
 __all__ = [
     "MAX_RANK",
     "MAX_WIDTH",
+    "adamw_step",
     "add_layer_norm_forward",
     "add_rms_norm_forward",
     "attention_backward",
@@ -65,4 +67,5 @@ __all__ = [
     "rope_backward",
     "rope_forward",
     "scratch",
+    "sums_of_squares",
 ]

@@ -2,6 +2,7 @@
 backend."""
 
 from fasttune.ops._row_loss import CrossEntropy
+from fasttune.ops.adamw import adamw_step, sum_of_squares
 from fasttune.ops.attention import attention
 from fasttune.ops.bias_activation import bias_activation
 from fasttune.ops.dora_linear import dora_linear, dora_weight_norm
@@ -19,6 +20,7 @@ __all__ = [
     "LoraBranch",
     "LoraProjection",
     "TokenStats",
+    "adamw_step",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -35,4 +37,5 @@ __all__ = [
     "lora_segmented",
     "rms_norm",
     "rope",
+    "sum_of_squares",
 ]

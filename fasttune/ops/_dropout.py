@@ -56,6 +56,16 @@ def keep_mask(
     return (bits[:, :features] >= threshold).to(torch.float32)
 
 
+def random_lanes(seed: int, count: int, c1: int, c2: int, c3: int, device: torch.device) -> Tensor:
+    """[count] int64: 16 random bits for each element k, of the counter (k // 8, c1, c2, c3)."""
+    k = torch.arange(-(-count // 8), dtype=torch.int64, device=device)
+    key = torch.tensor(seed, dtype=torch.int64, device=device)
+    row = torch.zeros_like(k)
+    words = _philox(key, k, row + c1, row + c2, c3)
+    lanes = [lane for word in words for lane in (word & 0xFFFF, word >> 16)]
+    return torch.stack(lanes, dim=-1).reshape(-1)[:count]
+
+
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of the product of two unsigned 32-bit values held in int64."""
     low = (a & 0xFFFF) * b

@@ -45,6 +45,27 @@ def philox_words(c0, c1, c2, c3, key0, key1):
 
 
 @triton.jit
+def random_lanes(
+    start,  # first element, a multiple of 8
+    c1,
+    c2,
+    c3,
+    key0,
+    key1,
+    BLOCK: tl.constexpr,  # a multiple of 8
+):
+    """-> [BLOCK] uint32, 16 random bits an element, of the counter (element // 8, c1 .. c3)."""
+    octets: tl.constexpr = BLOCK // 8
+    zero = tl.zeros((octets,), dtype=tl.uint32)
+    octet = (start // 8 + tl.arange(0, octets)).to(tl.uint32)
+    c1 = c1.to(tl.uint32) + zero
+    c2 = c2.to(tl.uint32) + zero
+    w0, w1, w2, w3 = philox_words(octet, c1, c2, c3 + zero, key0, key1)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # see keep_mask
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
+
+
+@triton.jit
 def keep_mask(
     rows,  # [BLOCK_M] int64, absolute row numbers
     k_start,  # first column, a multiple of 8
