@@ -50,3 +50,10 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """|a - b| / |b| in norms."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300))
+
+
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    """The loss of a causal model on seeded tokens."""
+    tokens = torch.randint(3, 499, (2, 9), generator=torch.Generator().manual_seed(seed))
+    loss: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
+    return loss

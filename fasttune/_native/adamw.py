@@ -15,8 +15,8 @@ from fasttune_kernels.adamw_tables import ADDRESSES, MOMENTS, ROUNDINGS
 def sums_of_squares(grads: Sequence[Tensor]) -> Tensor:
     """[n] float64: the sum of squares of each gradient; all of one dtype, dense."""
     count = len(grads)
-    sizes = [grad.numel() for grad in grads]
-    table = _interleaved([[], _addresses(grads), [], [], [], [], [], sizes], count)
+    columns = [[], _addresses(grads), [], [], [], [], [], _sizes(grads)]
+    table = _interleaved(columns, count)
     out = torch.empty(count, dtype=torch.float64)
     code = DTYPE_CODES[grads[0].dtype]
     cpu().sums_of_squares(table.buffer_info()[0], count, code, out.data_ptr(), threads())
@@ -44,7 +44,7 @@ def adamw_step(
     count = len(params)
     operands = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, scales)
     columns = [_addresses(tensors) for tensors in operands]
-    table = _interleaved([*columns, [param.numel() for param in params]], count)
+    table = _interleaved([*columns, _sizes(params)], count)
     norms = torch.empty(count, 3, dtype=torch.float64)
     cpu().adamw_step(
         table.buffer_info()[0],
@@ -63,7 +63,11 @@ def adamw_step(
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.numel, tensors))
 
 
 def _interleaved(columns: Sequence[Sequence[int]], rows: int) -> array[int]:

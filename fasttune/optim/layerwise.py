@@ -23,7 +23,8 @@ def layerwise_lr_groups(
     d counts blocks from the head; embeddings are lowest. The stacks of blocks are found by
     structure: the outermost module lists of two or more modules of one class, in the model's order
     (encoder before decoder). What stands before the first stack counts as embeddings, and so does
-    every nn.Embedding; what stands behind a stack belongs to the level above its last block.
+    every nn.Embedding outside of them; what stands behind a stack belongs to the level above its
+    last block.
 
     Args:
         model: any model of blocks; PEFT's wrappers are looked through.
@@ -95,10 +96,10 @@ def _levels(model: nn.Module) -> tuple[dict[int, int], int]:
     for name, param in model.named_parameters():
         block = next((b for prefix, b in block_of.items() if name.startswith(prefix)), None)
         reached = reached if block is None else block
-        if id(param) in embedded or ".lora_embedding_" in name:
-            levels[id(param)] = 0
-        elif block is not None:
+        if block is not None:
             levels[id(param)] = block
+        elif id(param) in embedded or ".lora_embedding_" in name:
+            levels[id(param)] = 0
         else:
             levels[id(param)] = min(reached + 1, top) if reached else 0
     return levels, top

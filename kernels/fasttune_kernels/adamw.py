@@ -40,6 +40,9 @@ from .tables import MAX_REGISTERS, launch_device
 _STEP_BLOCK = 1024
 _SUM_BYTES = 8192
 _SUM_BLOCK = 1024  # partial sums at a time
+# Three programs of four warps a multiprocessor; left to itself, the compiler takes more registers
+# for random bits and 8-bit codes, and two fit.
+_STEP_REGISTERS = 168
 
 
 def _step_warps(params: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> int:
@@ -445,7 +448,7 @@ def adamw_step(
             QUANTISED=QUANTISED,
             SUM_BLOCK=_SUM_BLOCK,
             num_warps=_step_warps(params, exp_avgs),
-            maxnreg=MAX_REGISTERS,
+            maxnreg=_STEP_REGISTERS,
             enable_fp_fusion=True,
         )
     return norms
