@@ -40,9 +40,9 @@ from .tables import MAX_REGISTERS, launch_device
 _STEP_BLOCK = 1024
 _SUM_BYTES = 8192
 _SUM_BLOCK = 1024  # partial sums at a time
-# Three programs of four warps a multiprocessor; left to itself, the compiler takes more registers
-# for random bits and 8-bit codes, and two fit.
-_STEP_REGISTERS = 168
+# Room for three programs of four warps a multiprocessor: for 16-bit parameters the compiler takes
+# more registers if left to itself, and two fit. (fp32 ones with 8-bit moments would spill.)
+_NARROW_REGISTERS = 168
 
 
 def _step_warps(params: Sequence[Tensor], exp_avgs: Sequence[Tensor]) -> int:
@@ -448,7 +448,7 @@ def adamw_step(
             QUANTISED=QUANTISED,
             SUM_BLOCK=_SUM_BLOCK,
             num_warps=_step_warps(params, exp_avgs),
-            maxnreg=_STEP_REGISTERS,
+            maxnreg=MAX_REGISTERS if params[0].element_size() == 4 else _NARROW_REGISTERS,
             enable_fp_fusion=True,
         )
     return norms

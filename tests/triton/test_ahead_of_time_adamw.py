@@ -83,7 +83,7 @@ def test_two_launches_of_wide_accesses(
     in_flight = sum(wide) * 1024 * launches[1].resident_programs
     # A B200 would need 5 programs of 8-bit moments; registers leave room for 3.
     needed = launches[1].limits.bytes_in_flight
-    assert in_flight >= (needed if capability != 100 or dtype == moments else 24 * 1024)
+    assert in_flight >= (needed if capability != 100 or moments == dtype == "fp32" else 20 * 1024)
 
 
 def test_unaligned_tensors_compile_to_narrow_accesses() -> None:
