@@ -50,12 +50,9 @@ def test_bf16_weights_follow_the_curve_of_fp32_masters(base, batches):  # noqa: 
     torchs = torch.optim.AdamW(models[2].parameters(), lr=LEARNING_RATE)
     lost = losses_of(models[2], batches, torchs.step)
     deviation = float(((ours - masters).abs() / masters).max())
-    print(
-        f"largest deviation: {deviation:.2e}; torch in bf16 {((lost - masters).abs() / masters).max():.2e}"
-    )
+    lost_deviation = float(((lost - masters).abs() / masters).max())
+    print(f"largest deviation: {deviation:.2e}, torch in bf16: {lost_deviation:.2e}")
     assert deviation <= 1e-2
-    # bf16 loses most updates of 1e-5: its weights hardly move, and its loss stays behind.
+    # torch loses most updates of 1e-5: its weights hardly move, and its loss stays behind.
+    assert deviation < lost_deviation / 3
     assert float(masters[-5:].mean()) < float(lost[-5:].mean())
-    assert abs(float(ours[-5:].mean()) - float(masters[-5:].mean())) < float(
-        lost[-5:].mean()
-    ) - float(masters[-5:].mean())
