@@ -15,9 +15,9 @@ pytestmark = pytest.mark.slow
 STEPS, LEARNING_RATE = 15, 1e-5
 
 
-def losses_of(model: nn.Module, batches: list[dict[str, Tensor]], step) -> Tensor:
+def losses_of(model: nn.Module, data: list[dict[str, Tensor]], step) -> Tensor:
     losses = []
-    for batch in batches[:STEPS]:
+    for batch in data[:STEPS]:
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
