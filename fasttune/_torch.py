@@ -39,6 +39,11 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def after_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs now is complete."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     """True if every tensor is a plain Tensor or Parameter with real storage."""
     return all(t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors)

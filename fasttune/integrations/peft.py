@@ -22,6 +22,7 @@ from fasttune.reason import Reason
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_RANK = 256  # of every backend
 _LARGEST_P = 0.9999  # beyond, a 16-bit threshold keeps nothing
+NO_ADAPTER = "no active adapter on this layer"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -282,7 +283,7 @@ def why_factors(
             return Reason(f"rank {a.shape[0]} is above {_LARGEST_RANK}")
         dtypes.add(a.dtype)
     if not dtypes:
-        return Reason("no active adapter on this layer", expected=True)
+        return Reason(NO_ADAPTER, expected=True)
     return Reason("active adapters differ in dtype") if len(dtypes) > 1 else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fasttune import _registry
 from fasttune.ops import _lora_linear_reference, _support
 from fasttune.ops._arguments import accumulator
-from fasttune.ops._lora_linear_products import Needs, backward_with, forward_with
+from fasttune.ops._lora_linear_products import Needs, backward_with, first_given, forward_with
 
 # backends
 
@@ -32,7 +32,7 @@ def _forward_fake(
 
 
 def _backward_fake(
-    dys: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
     x: Tensor | None,
     weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
@@ -41,7 +41,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     x_dtype, needs = rest[-2], rest[-1]
     need = Needs.unpack(needs, len(weights), len(a))
-    dy = dys[0]
+    dy = first_given(dys)
     grads = []
     if need.x:
         columns = next(w.shape[1] for w in (*weights, *a) if w is not None)
@@ -52,7 +52,7 @@ def _backward_fake(
     grads += [
         dy.new_empty(g.shape[1], dtype=sum_dtype)
         for g, flag in zip(dys, need.bias, strict=True)
-        if flag
+        if flag and g is not None
     ]
     grads += [torch.empty_like(f) for f, flag in zip(a, need.a, strict=True) if flag]
     grads += [torch.empty_like(f) for f, flag in zip(b, need.b, strict=True) if flag]
@@ -72,7 +72,7 @@ FORWARD = _registry.define(
 )
 BACKWARD = _registry.define(
     "lora_linear_bwd",
-    "(Tensor[] dys, Tensor? x, Tensor?[] weights, Tensor[] a, Tensor[] b, Tensor?[] ts, "
+    "(Tensor?[] dys, Tensor? x, Tensor?[] weights, Tensor[] a, Tensor[] b, Tensor?[] ts, "
     f"{_FACTS}, ScalarType x_dtype, bool[] needs) -> Tensor[]",
     _backward_fake,
 )

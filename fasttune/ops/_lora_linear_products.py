@@ -36,6 +36,21 @@ class Needs:
             at += size
         return Needs(flags[0], *parts)
 
+    def of_outputs(self, given: Sequence[bool], counts: Sequence[int]) -> list[bool]:
+        """The flags, without the parameters of projections whose output got no gradient."""
+        owners = [i for i, count in enumerate(counts) for _ in range(count)]
+        of_projections = [
+            flag and alive
+            for flags in (self.w, self.bias)
+            for flag, alive in zip(flags, given, strict=True)
+        ]
+        of_branches = [
+            flag and given[owner]
+            for flags in (self.a, self.b, self.lora_bias)
+            for flag, owner in zip(flags, owners, strict=True)
+        ]
+        return [self.x, *of_projections, *of_branches]
+
 
 def ranges(counts: Sequence[int]) -> list[range]:
     """The branch indices of each projection."""
@@ -166,6 +181,8 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     dbs: list[Tensor | None] = [None] * len(a)
     ds: dict[int, Tensor] = {}
     for i, branches in enumerate(ranges(counts)):
+        if dys[i] is None:
+            continue
         for j in branches:
             d, dbs[j] = prims.lora_up_backward(
                 dys[i],
@@ -191,7 +208,7 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
 
 def _input_side(
     prims: ModuleType,
-    dys: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
     x: Tensor | None,
     weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
@@ -207,12 +224,14 @@ def _input_side(
     Through fp32, the sum travels in an fp32 addend and only the last branch rounds. With vendor
     products the branches are written first and addmm adds dy W on top, which hides a read of dx.
     """
-    fp32 = prims is _native and _gemm.through_fp32(dys[0].device, dys[0].dtype)
+    products = _with_weights(dys, weights)
+    first = first_given(dys)
+    fp32 = prims is _native and _gemm.through_fp32(first.device, first.dtype)
     total: Tensor | None = None
     if need.x and fp32:
-        for dy, weight in _with_weights(dys, weights):
+        for dy, weight in products:
             product = _gemm.linear_backward_fp32(dy, weight)
-            if len(dys) > 1:  # the product lies in a scratch buffer that the next one reuses
+            if len(products) > 1:  # the product lies in a scratch buffer that the next one reuses
                 product = product.clone() if total is None else total.add_(product)
             total = product
     das: list[Tensor | None] = [None] * len(a)
@@ -237,16 +256,22 @@ def _input_side(
     if fp32:
         assert total is not None
         return (total if ds else total.to(dtype, copy=True)), das
-    for dy, weight in _with_weights(dys, weights):
+    for dy, weight in products:
         total = add_product(total, dy, weight.to(dy.dtype), dtype)
     return total, das
 
 
+def first_given(dys: Sequence[Tensor | None]) -> Tensor:
+    """The gradient of the first output that got one; at least one did."""
+    return next(dy for dy in dys if dy is not None)
+
+
 def _with_weights(
-    dys: Sequence[Tensor], weights: Sequence[Tensor | None]
+    dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]
 ) -> list[tuple[Tensor, Tensor]]:
-    """The projections whose base product is ours."""
-    return [(dy, w) for dy, w in zip(dys, weights, strict=True) if w is not None]
+    """The projections with a gradient whose base product is ours."""
+    pairs = zip(dys, weights, strict=True)
+    return [(dy, w) for dy, w in pairs if dy is not None and w is not None]
 
 
 def add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,7 +283,7 @@ def add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.d
 
 
 def bias_gradients(
-    dys: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
     scaling_tensors: Sequence[Tensor | None],
     scalings: Sequence[float],
     counts: Sequence[int],
@@ -267,9 +292,10 @@ def bias_gradients(
     dbiases: list[Tensor | None] = [None] * len(dys)
     dlora_biases: list[Tensor | None] = [None] * len(scalings)
     for i, branches in enumerate(ranges(counts)):
-        if not need.bias[i] and not any(need.lora_bias[j] for j in branches):
+        dy = dys[i]
+        if dy is None or not (need.bias[i] or any(need.lora_bias[j] for j in branches)):
             continue
-        dbiases[i] = column_sum = dys[i].sum(0, dtype=accumulator(dys[i].dtype))
+        dbiases[i] = column_sum = dy.sum(0, dtype=accumulator(dy.dtype))
         for j in branches:
             scaled, scale = column_sum * scalings[j], scaling_tensors[j]
             dlora_biases[j] = scaled if scale is None else scaled * scale

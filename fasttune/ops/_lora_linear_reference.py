@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fasttune.ops import _dropout
 from fasttune.ops._arguments import accumulator
-from fasttune.ops._lora_linear_products import Needs, bias_gradients, ranges
+from fasttune.ops._lora_linear_products import Needs, bias_gradients, first_given, ranges
 
 
 def forward(
@@ -59,7 +59,7 @@ def forward(
 
 
 def backward(
-    dys: Sequence[Tensor],
+    dys: Sequence[Tensor | None],
     x: Tensor | None,
     weights: Sequence[Tensor | None],
     a: Sequence[Tensor],
@@ -74,21 +74,24 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     need = Needs.unpack(needs, len(weights), len(a))
-    wide = accumulator(dys[0].dtype)
-    rows = dys[0].shape[0]
-    dx = dys[0].new_zeros((), dtype=wide)
+    first = first_given(dys)
+    wide = accumulator(first.dtype)
+    dx = first.new_zeros((), dtype=wide)
     das: list[Tensor | None] = [None] * len(a)
     dbs: list[Tensor | None] = [None] * len(a)
     dws: list[Tensor | None] = [None] * len(weights)
     for i, branches in enumerate(ranges(counts)):
-        dy, weight = dys[i].to(wide), weights[i]
+        given, weight = dys[i], weights[i]
+        if given is None:
+            continue
+        dy = given.to(wide)
         if need.x and weight is not None:
-            dx = dx + dy @ weight.to(dys[i].dtype).to(wide)
+            dx = dx + dy @ weight.to(given.dtype).to(wide)
         if need.w[i] and weight is not None and x is not None:
-            dws[i] = (dy.t() @ x.to(dys[i].dtype).to(wide)).to(weight.dtype)
+            dws[i] = (dy.t() @ x.to(given.dtype).to(wide)).to(weight.dtype)
         for j in branches:
             keep = _dropout.keep_mask(
-                seed, thresholds[j], rows, a[j].shape[1], branch=j, device=dy.device
+                seed, thresholds[j], dy.shape[0], a[j].shape[1], branch=j, device=dy.device
             )
             scale: float | Tensor = scalings[j] * _dropout.keep_scale(thresholds[j])
             scale_tensor = scaling_tensors[j]

@@ -11,6 +11,8 @@ Maths, for projection i with branches j (an active adapter each), products accum
     dA_ij = d_ij^T (x * keep_ij),  dB_ij = dy_i^T t_ij,  dW_i = dy_i^T x
     dbias_i = sum_m dy_i,  dlora_bias_ij = s_ij dbias_i
 
+A projection whose output got no gradient takes no part in backward: its parameters get none.
+
 Saved for backward: x as it came (only if A or W trains, and not if its producer can rebuild it:
 _recipe.py), t and parameters. The dropout mask is drawn again from the seed (docs/design.md states
 the format).
@@ -134,6 +136,7 @@ class _LoraLinear(torch.autograd.Function):
             *scaling_tensors,
         )
         ctx.set_materialize_grads(False)
+        ctx.ran = False
         ctx.saved_bytes = sum(t.numel() * t.element_size() for t in ts) if any(need.b) else 0
         ctx.saved_bytes += x.numel() * x.element_size() if keep_input else 0
         ctx.spec, ctx.needs, ctx.shape, ctx.x_dtype = spec, needs, x.shape, x.dtype
@@ -150,6 +153,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @_torch.first_order_only
     def backward(ctx: Any, *dys: Tensor | None) -> Any:
+        ctx.ran = True  # deferred groups ask whether a call still waits for its backward
         spec: _Spec = ctx.spec
         n, k = len(spec.counts), len(spec.scalings)
         nothing = (None,) * (3 + 3 * n + 4 * k)
@@ -162,21 +166,24 @@ class _LoraLinear(torch.autograd.Function):
         weights = list(saved[:n])
         a, b, ts, scaling_tensors = (list(saved[n + i * k : n + (i + 1) * k]) for i in range(4))
         rows = math.prod(ctx.shape[:-1])
+        needs = Needs.unpack(ctx.needs, n, k).of_outputs(
+            [dy is not None for dy in dys], spec.counts
+        )
         args = (
             [
-                given.new_zeros(rows, width) if dy is None else rows_first(dy, rows, width)
+                None if dy is None else rows_first(dy, rows, width)
                 for dy, width in zip(dys, ctx.widths, strict=True)
             ],
             None if x is None else rows_first(x, rows, ctx.shape[-1]),
             weights, a, b, ts, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, ctx.x_dtype,
-            ctx.needs,
+            needs,
         )  # fmt: skip
         run = (
             BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
         )
         grads = iter(run(*args))
-        dx, *rest = [next(grads) if flag else None for flag in ctx.needs]
+        dx, *rest = [next(grads) if flag else None for flag in needs]
         if dx is not None:
             dx = dx.view(ctx.shape)
         dws, dbiases, das, dbs, dlora_biases = _split(rest, (n, n, k, k, k))

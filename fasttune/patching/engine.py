@@ -22,6 +22,7 @@ from fasttune.patching import (
     swap,
     tokens,
 )
+from fasttune.patching.groups import forget
 from fasttune.patching.selection import Selection
 from fasttune.patching.session import Session
 
@@ -47,6 +48,7 @@ def patch(
     exclude: str | Sequence[str] | None = None,
     kinds: Iterable[str] | None = None,
     fused_loss: bool = True,
+    groups: bool = True,
     strict: bool = False,
 ) -> nn.Module:
     """Replace what fasttune can compute faster and proves equal, in place.
@@ -63,6 +65,8 @@ def patch(
         exclude: leave these modules alone.
         kinds: subset of {"lora", "loss"}; None means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
+        groups: compute LoRA layers that share an input (q, k and v; gate and up) by one op, once
+            they were seen to share it (groups.py); False computes each alone.
         strict: raise PatchError if nothing fits, and at the first call that takes the original
             path.
 
@@ -89,7 +93,7 @@ def patch(
     chosen.warn_of_unknown_names(model)
     if _narrower(model, wanted, chosen):
         unpatch(model)
-    session = Session(model, chosen, strict)
+    session = Session(model, chosen, strict, groups)
     try:
         for kind, patcher in _PATCHERS.items():
             if kind in wanted:
@@ -134,6 +138,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         for kind in reversed(swap.kinds_of(module)):
             swap.check_restorable(module, kind)
             break
+    forget(swapped)
     for module in swapped:
         for kind in reversed(swap.kinds_of(module)):
             if kind == loss.KIND:

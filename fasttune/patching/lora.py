@@ -18,7 +18,7 @@ from fasttune.ops.policy import (
     lora_not_faster,
     lora_too_small,
 )
-from fasttune.patching import mixed_layer, state, swap
+from fasttune.patching import groups, mixed_layer, state, swap
 from fasttune.patching.guard import FLOATS
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
@@ -29,6 +29,7 @@ _TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 def patch_layers(session: Session) -> None:
     """Swap every LoRA Linear of the model; the other PEFT layers are named in the report."""
+    families: dict[str, list[nn.Module]] = {}
     for name, layer in peft.lora_layers(session.model):
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
@@ -41,6 +42,12 @@ def patch_layers(session: Session) -> None:
             session.skip(KIND, name, reason.text)
         elif not session.refuse(KIND, name, layer):
             session.swap(layer, name, KIND)
+        if KIND in swap.kinds_of(layer):
+            families.setdefault(name.rpartition(".")[0], []).append(layer)
+    if session.groups:
+        groups.register(families.values())
+    else:
+        groups.forget(layer for family in families.values() for layer in family)
     for name, layer in peft.other_tuner_layers(session.model):
         session.skip(KIND, name, f"PEFT method {type(layer).__name__} is not fused yet")
 
@@ -49,6 +56,12 @@ def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: A
     mixed = mixed_layer.forward(layer, original, state.of(layer, KIND), x, args, kwargs)
     if mixed is not None:
         return mixed
+    if not (args or kwargs):
+        fetched = groups.fetch(layer, x, _as_member)
+        if fetched is not None:
+            record = state.of(layer, KIND)
+            state.note_fused(record, state.backend_of(fetched) or record.backend, 0)
+            return fetched
     reason = _why_original(layer, x, args, kwargs)
     if reason is None and (adapter := peft.dora_adapter(layer)) is not None:
         return _fused_dora(layer, x, adapter)
@@ -64,9 +77,25 @@ def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: A
 
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
-    y = apply_group(x, (projection,), compute_dtype)[0]
-    state.note_output(state.of(layer, KIND), y)
-    return y
+    members = groups.gather(layer, x, projection, _as_member)
+    ys = apply_group(x, [own for _, own in members], compute_dtype)
+    groups.keep(members, x, ys)
+    state.note_output(state.of(layer, KIND), ys[0])
+    return ys[0]
+
+
+def _as_member(layer: Any, x: Any) -> LoraProjection | None:
+    """What a layer computes in a group, or None if it computes alone."""
+    if peft.hooked(layer):
+        return None
+    reason = _why_original(layer, x, (), {})
+    if reason is not None and reason.text != peft.NO_ADAPTER:
+        return None
+    weight = peft.plain_weight(layer)
+    if weight is None or peft.dora_adapter(layer) is not None:
+        return None
+    branches = peft.branches(layer) if reason is None else ()
+    return LoraProjection(weight, layer.base_layer.bias, branches)
 
 
 def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:

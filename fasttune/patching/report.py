@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fasttune.patching import engine, state
+from fasttune.patching import engine, groups, state
 
 _TITLES = {
     "lora": "LoRA layers",
@@ -77,7 +77,9 @@ class LayerExplanation:
         backend: backend of the last fused call, "" before it.
         fused_calls: number of fused calls so far.
         fallbacks: calls on the original path, by reason.
-        saved_bytes: saved for backward by the last fused call, parameters excluded.
+        saved_bytes: saved for backward by the last fused call, parameters excluded; of a group, by
+            the one that was called first.
+        group: the modules that are computed together with this one, itself included.
     """
 
     name: str
@@ -87,6 +89,7 @@ class LayerExplanation:
     fused_calls: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     saved_bytes: int = 0
+    group: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,7 @@ class Explanation:
         raise KeyError(name)
 
     def __str__(self) -> str:
-        table = Table(
-            "module", "kind", "path", "backend", "calls", "saved", "original path because"
-        )
+        table = Table("module", "kind", "path", "backend", "calls", "saved", "computed with", "why")
         for layer in self.layers:
             table.add_row(
                 layer.name,
@@ -113,6 +114,7 @@ class Explanation:
                 layer.backend,
                 str(layer.fused_calls),
                 f"{layer.saved_bytes / 2**20:.2f} MiB",
+                ", ".join(_short(other) for other in layer.group if other != layer.name),
                 "\n".join(
                     f"{count} x {reason}" for reason, count in sorted(layer.fallbacks.items())
                 ),
@@ -138,6 +140,7 @@ def report(model: nn.Module) -> Report:
 def explain(model: nn.Module) -> Explanation:
     """Per module: path, backend, calls, fallbacks so far with their reasons, and bytes saved."""
     layers = []
+    names = {module: name for name, module in model.named_modules()}
     for name, module in model.named_modules():
         for record in state.all_of(module).values():
             unexpected = {reason: record.fallbacks[reason] for reason in sorted(record.unexpected)}
@@ -150,6 +153,7 @@ def explain(model: nn.Module) -> Explanation:
                     record.fused_calls,
                     {**unexpected, **record.fallbacks},
                     record.saved_bytes,
+                    _group_of(module, names),
                 )
             )
     for (kind, name), reason in engine.skipped_of(model).items():
@@ -157,6 +161,15 @@ def explain(model: nn.Module) -> Explanation:
             LayerExplanation(name or type(model).__name__, kind, "skipped", fallbacks={reason: 1})
         )
     return Explanation(tuple(layers))
+
+
+def _group_of(module: nn.Module, names: dict[nn.Module, str]) -> tuple[str, ...]:
+    members = groups.members_of(module)
+    return tuple(sorted(names[member] for member in members if member in names))
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def render(table: Table) -> str:

@@ -22,6 +22,7 @@ class Session:
         model: the model that is being patched.
         chosen: which names may be patched.
         strict: raise at the first call that takes the original path.
+        groups: compute LoRA layers that share an input together.
         skipped: (kind, module name) -> why the module was left alone.
         proofs: results of numeric proofs, by what they depend on; modules of one class and
             configuration are proven once.
@@ -30,6 +31,7 @@ class Session:
     model: nn.Module
     chosen: Selection
     strict: bool
+    groups: bool = True
     skipped: dict[tuple[str, str], str] = field(default_factory=dict)
     proofs: dict[Any, Any] = field(default_factory=dict)
     _undo: list[Callable[[], None]] = field(default_factory=list)

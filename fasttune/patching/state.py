@@ -92,10 +92,15 @@ def note_fused(state: ModuleState, backend: str, saved_bytes: int) -> None:
 
 def note_output(state: ModuleState, output: Tensor) -> None:
     """Count a fused call by one of its outputs, whose node knows backend and saved bytes."""
+    saved_bytes = int(getattr(output.grad_fn, "saved_bytes", 0))
+    note_fused(state, backend_of(output) or state.backend, saved_bytes)
+
+
+def backend_of(output: Tensor) -> str:
+    """The backend that an output's node knows; empty without a graph."""
     node: Any = output.grad_fn
     backend = getattr(node, "backend", None)
-    name = backend.name if backend is not None else "dispatched" if node is not None else ""
-    note_fused(state, name or state.backend, int(getattr(node, "saved_bytes", 0)))
+    return backend.name if backend is not None else "dispatched" if node is not None else ""
 
 
 def note_fallback(state: ModuleState, reason: Reason) -> None:

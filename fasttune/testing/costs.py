@@ -89,6 +89,8 @@ def _backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> 
     launches: list[Launch] = []
     written = 0 if not need_x else _bytes(result[0])
     for j, i in enumerate(_owners(counts)):
+        if dys[i] is None:
+            continue
         dy, rows, rank = dys[i], dys[i].shape[0], a[j].shape[0]
         d_bytes = rows * rank * _FP32_BYTES
         need_d = need_x or need_a[j]
@@ -112,7 +114,7 @@ def _backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> 
             reads = _bytes(a[j]) + d_bytes
             launches.append(Launch("fasttune::lora_down_backward.dx", reads, written))
     for i, weight in enumerate(weights):
-        if need_x and weight is not None:
+        if need_x and weight is not None and dys[i] is not None:
             reads = _bytes(dys[i], weight) + written
             launches.append(Launch("aten::addmm_", reads, written, gemm=True))
         if need_w[i]:
