@@ -16,13 +16,15 @@ from fasttune.ops._lora_linear_products import Needs, backward_with, first_given
 # backends
 
 _TENSORS = "Tensor?[] weights, Tensor?[] biases, Tensor[] a, Tensor[] b, Tensor?[] lora_biases"
-_FACTS = "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, int[] counts, Tensor? seed"
+_FACTS = (
+    "Tensor?[] scaling_tensors, float[] scalings, int[] thresholds, int[] counts, Tensor?[] seeds"
+)
 
 
 def _forward_fake(
     x: Tensor, weights: Sequence[Tensor | None], biases: Any, a: Sequence[Tensor], *rest: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    dtype, bases = rest[-2:]
+    dtype, bases = rest[-3:-1]
     ys = [
         torch.empty_like(base) if w is None else x.new_empty(x.shape[0], w.shape[0], dtype=dtype)
         for w, base in zip(weights, bases, strict=True)
@@ -39,7 +41,7 @@ def _backward_fake(
     b: Sequence[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    x_dtype, needs = rest[-2], rest[-1]
+    x_dtype, needs = rest[-3:-1]
     need = Needs.unpack(needs, len(weights), len(a))
     dy = first_given(dys)
     grads = []
@@ -66,14 +68,14 @@ def _backward_fake(
 
 FORWARD = _registry.define(
     "lora_linear_fwd",
-    f"(Tensor x, {_TENSORS}, {_FACTS}, ScalarType compute_dtype, Tensor?[] bases) "
+    f"(Tensor x, {_TENSORS}, {_FACTS}, ScalarType compute_dtype, Tensor?[] bases, int[] streams) "
     "-> (Tensor[], Tensor[])",
     _forward_fake,
 )
 BACKWARD = _registry.define(
     "lora_linear_bwd",
     "(Tensor?[] dys, Tensor? x, Tensor?[] weights, Tensor[] a, Tensor[] b, Tensor?[] ts, "
-    f"{_FACTS}, ScalarType x_dtype, bool[] needs) -> Tensor[]",
+    f"{_FACTS}, ScalarType x_dtype, bool[] needs, int[] streams) -> Tensor[]",
     _backward_fake,
 )
 

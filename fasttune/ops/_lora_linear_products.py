@@ -102,9 +102,10 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
         scalings,
         thresholds,
         counts,
-        seed,
+        seeds,
         dtype,
         bases,
+        streams,
     ) = args
     ys, ts = [], []
     for i, branches in enumerate(ranges(counts)):
@@ -114,9 +115,9 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
                 a[j],
                 branch_scale(scalings[j], thresholds[j]),
                 scaling_tensors[j],
-                seed=seed,
+                seed=seeds[i],
                 threshold=thresholds[j],
-                branch=j,
+                branch=streams[j],
             )
             for j in branches
         ]
@@ -173,9 +174,10 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
         scalings,
         thresholds,
         counts,
-        seed,
+        seeds,
         x_dtype,
         needs,
+        streams,
     ) = args
     need = Needs.unpack(needs, len(weights), len(a))
     dbs: list[Tensor | None] = [None] * len(a)
@@ -200,8 +202,12 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
         for dy, weight, flag in zip(dys, weights, need.w, strict=True)
     ]
     dbiases, dlora_biases = bias_gradients(dys, scaling_tensors, scalings, counts, need)
-    draw = {"seed": seed, "thresholds": thresholds}
-    dx, das = _input_side(prims, dys, x, weights, a, ds, need, dtype=x_dtype, **draw)
+    owners = [i for i, branches in enumerate(ranges(counts)) for _ in branches]
+    draws = [
+        {"seed": seeds[i], "threshold": thresholds[j], "branch": streams[j]}
+        for j, i in enumerate(owners)
+    ]
+    dx, das = _input_side(prims, dys, x, weights, a, ds, need, draws, dtype=x_dtype)
     wanted = [dx, *dws, *dbiases, *das, *dbs, *dlora_biases]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
 
@@ -214,9 +220,8 @@ def _input_side(
     a: Sequence[Tensor],
     ds: dict[int, Tensor],
     need: Needs,
+    draws: Sequence[dict[str, Any]],
     *,
-    seed: Tensor | None,
-    thresholds: Sequence[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and every dA.
@@ -241,9 +246,7 @@ def _input_side(
             d,
             a[j],
             x,
-            seed=seed,
-            threshold=thresholds[j],
-            branch=j,
+            **draws[j],
             dx_dtype=dtype if rounds else torch.float32,
             need_dx=need.x,
             need_da=need.a[j],

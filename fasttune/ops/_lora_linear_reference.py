@@ -23,9 +23,10 @@ def forward(
     scalings: Sequence[float],
     thresholds: Sequence[int],
     counts: Sequence[int],
-    seed: Tensor | None,
+    seeds: Sequence[Tensor | None],
     compute_dtype: torch.dtype,
     bases: Sequence[Tensor | None],
+    streams: Sequence[int],
 ) -> tuple[list[Tensor], list[Tensor]]:
     wide = accumulator(compute_dtype)
     ys, ts = [], []
@@ -39,7 +40,9 @@ def forward(
         if bias is not None:
             y = y + bias.to(wide)
         for j in branches:
-            keep = _dropout.keep_mask(seed, thresholds[j], x.shape[0], x.shape[1], branch=j)
+            keep = _dropout.keep_mask(
+                seeds[i], thresholds[j], x.shape[0], x.shape[1], branch=streams[j]
+            )
             scale: float | Tensor = scalings[j]
             scale_tensor = scaling_tensors[j]
             if scale_tensor is not None:
@@ -69,9 +72,10 @@ def backward(
     scalings: Sequence[float],
     thresholds: Sequence[int],
     counts: Sequence[int],
-    seed: Tensor | None,
+    seeds: Sequence[Tensor | None],
     x_dtype: torch.dtype,
     needs: Sequence[bool],
+    streams: Sequence[int],
 ) -> list[Tensor]:
     need = Needs.unpack(needs, len(weights), len(a))
     first = first_given(dys)
@@ -91,8 +95,9 @@ def backward(
             dws[i] = (dy.t() @ x.to(given.dtype).to(wide)).to(weight.dtype)
         for j in branches:
             keep = _dropout.keep_mask(
-                seed, thresholds[j], dy.shape[0], a[j].shape[1], branch=j, device=dy.device
-            )
+                seeds[i], thresholds[j], dy.shape[0], a[j].shape[1], branch=streams[j],
+                device=dy.device,
+            )  # fmt: skip
             scale: float | Tensor = scalings[j] * _dropout.keep_scale(thresholds[j])
             scale_tensor = scaling_tensors[j]
             if scale_tensor is not None:

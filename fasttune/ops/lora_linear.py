@@ -93,6 +93,7 @@ class _Spec:
     counts: tuple[int, ...]  # branches of each projection
     scalings: tuple[float, ...]
     thresholds: tuple[int, ...]
+    streams: tuple[int, ...]  # the number of each branch in the random bits of its seed
     compute_dtype: torch.dtype
 
 
@@ -100,17 +101,18 @@ _INPUT = 0  # position of x among the tensor inputs of _LoraLinear
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x, seed and the tensors of _pack to the outputs of all projections."""
+    """x and the tensors of _pack to the outputs of all projections."""
 
     @staticmethod
-    def forward(ctx: Any, spec: _Spec, x: Tensor, seed: Tensor | None, *flat: Any) -> Any:
-        weights, biases, a, b, lora_biases, scaling_tensors, bases = _unpack(spec, flat)
+    def forward(ctx: Any, spec: _Spec, x: Tensor, *flat: Any) -> Any:
+        weights, biases, a, b, lora_biases, scaling_tensors, bases, seeds = _unpack(spec, flat)
         m = math.prod(x.shape[:-1])
         rows = rows_first(x, m, x.shape[-1])
         args = (
             rows, weights, biases, a, b, lora_biases, scaling_tensors,
-            list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, spec.compute_dtype,
-            [y if y is None else rows_first(y, m, y.shape[-1]) for y in bases],
+            list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds,
+            spec.compute_dtype, [y if y is None else rows_first(y, m, y.shape[-1]) for y in bases],
+            list(spec.streams),
         )  # fmt: skip
         if _registry.must_dispatch((x, *flat)):
             ctx.backend = None
@@ -118,8 +120,9 @@ class _LoraLinear(torch.autograd.Function):
         else:
             ctx.backend = FORWARD.select(*args)
             ys, ts = ctx.backend.run(*args)
-        need_x, _, *rest = ctx.needs_input_grad[1:]
-        needs = [need_x, *rest[: len(rest) - len(scaling_tensors) - len(bases)]]
+        differentiable = 1 + 2 * len(weights) + 3 * len(a)  # x, weights, biases, a, b, lora_biases
+        needs = list(ctx.needs_input_grad[1 : 1 + differentiable])
+        need_x = needs[0]
         need = Needs.unpack(needs, len(weights), len(a))
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
         # nothing, nor does an input that its producer can rebuild.
@@ -128,7 +131,7 @@ class _LoraLinear(torch.autograd.Function):
         keep_input = need_input and not ctx.recipe
         ctx.save_for_backward(
             x if keep_input else None,
-            seed,
+            *seeds,
             *(w if need_x or flag else None for w, flag in zip(weights, need.w, strict=True)),
             *a,
             *b,
@@ -156,15 +159,14 @@ class _LoraLinear(torch.autograd.Function):
         ctx.ran = True  # deferred groups ask whether a call still waits for its backward
         spec: _Spec = ctx.spec
         n, k = len(spec.counts), len(spec.scalings)
-        nothing = (None,) * (3 + 3 * n + 4 * k)
+        nothing = (None,) * (2 + 4 * n + 4 * k)
         given = next((dy for dy in dys if dy is not None), None)
         if given is None:
             return nothing
-        x, seed, *saved = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         if ctx.recipe:
             x = _recipe.rebuild(ctx, _INPUT)
-        weights = list(saved[:n])
-        a, b, ts, scaling_tensors = (list(saved[n + i * k : n + (i + 1) * k]) for i in range(4))
+        seeds, weights, a, b, ts, scaling_tensors = _split(saved, (n, n, k, k, k, k))
         rows = math.prod(ctx.shape[:-1])
         needs = Needs.unpack(ctx.needs, n, k).of_outputs(
             [dy is not None for dy in dys], spec.counts
@@ -176,8 +178,8 @@ class _LoraLinear(torch.autograd.Function):
             ],
             None if x is None else rows_first(x, rows, ctx.shape[-1]),
             weights, a, b, ts, scaling_tensors,
-            list(spec.scalings), list(spec.thresholds), list(spec.counts), seed, ctx.x_dtype,
-            needs,
+            list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds, ctx.x_dtype,
+            needs, list(spec.streams),
         )  # fmt: skip
         run = (
             BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
@@ -194,7 +196,8 @@ class _LoraLinear(torch.autograd.Function):
             for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)
         ]
         dbases = [dy if given else None for dy, given in zip(dys, ctx.has_base, strict=True)]
-        return None, dx, None, *dws, *dbiases, *das, *dbs, *dlora_biases, *(None,) * k, *dbases
+        nones = (None,) * k, (None,) * n  # scaling tensors and seeds
+        return None, dx, *dws, *dbiases, *das, *dbs, *dlora_biases, *nones[0], *dbases, *nones[1]
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -206,10 +209,10 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 
 
 def _pack(
-    projections: Sequence[LoraProjection],
-) -> tuple[list[Any], list[float], list[float], list[int]]:
-    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors, bases), scalings,
-    dropouts, counts.
+    projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
+) -> tuple[list[Any], list[float], list[int]]:
+    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors, bases, seeds), scalings,
+    counts.
     """
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
@@ -220,14 +223,14 @@ def _pack(
     flat += [branch.bias for branch in branches]
     flat += [scale if isinstance(scale, Tensor) else None for scale in scales]
     flat += [projection.base for projection in projections]
+    flat += seeds
     scalings = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
-    dropouts = [branch.dropout_p for branch in branches]
-    return flat, scalings, dropouts, [len(projection.branches) for projection in projections]
+    return flat, scalings, [len(projection.branches) for projection in projections]
 
 
 def _unpack(spec: _Spec, flat: Sequence[Any]) -> list[list[Any]]:
     n, k = len(spec.counts), len(spec.scalings)
-    return _split(flat, (n, n, k, k, k, k, n))
+    return _split(flat, (n, n, k, k, k, k, n, n))
 
 
 def lora_linear_group(
@@ -242,7 +245,9 @@ def lora_linear_group(
         x: [*, K], fp32, bf16, fp16 (fp64 on the reference backend), any leading shape, also empty.
         projections: weights [N_i, K] of one dtype and device with x; outside autocast also of x's
             dtype. Adapters, and outputs of opaque bases, may have another float dtype.
-        seed: 0-d int64 tensor on the device of x that fixes the dropout masks; drawn from torch's
+        seed: 0-d int64 tensor on the device of x that fixes the dropout masks, of all branches
+            together. If None, each projection with dropout draws its own, as if it were called
+            alone, from torch's
             generator of the device if None and a branch has dropout.
 
     Returns:
@@ -288,20 +293,39 @@ def apply_group(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear_group` without validation, for callers that know their arguments."""
-    flat, scalings, dropouts, counts = _pack(projections)
-    thresholds = [_dropout.threshold(p) for p in dropouts]
-    if seed is None and any(thresholds):
-        seed = _dropout.draw_seed(x.device)
-    spec = _Spec(tuple(counts), tuple(scalings), tuple(thresholds), compute_dtype)
+    seeds, streams = _random_bits(x, projections, seed)
+    flat, scalings, counts = _pack(projections, seeds)
+    thresholds = [_dropout.threshold(b.dropout_p) for p in projections for b in p.branches]
+    spec = _Spec(tuple(counts), tuple(scalings), tuple(thresholds), tuple(streams), compute_dtype)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         x2 = x.reshape(-1, x.shape[-1])
-        *tensors, bases = _unpack(spec, flat)
+        *tensors, bases, _ = _unpack(spec, flat)
         bases = [y if y is None else y.reshape(-1, y.shape[-1]) for y in bases]
-        facts: Any = (*tensors, scalings, thresholds, counts, seed, compute_dtype, bases)
+        facts: Any = (*tensors, scalings, thresholds, counts, seeds, compute_dtype, bases, streams)
         ys, _ = _lora_linear_reference.forward(x2, *facts)
         return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
-    outputs: tuple[Tensor, ...] = _LoraLinear.apply(spec, x, seed, *flat)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = _LoraLinear.apply(spec, x, *flat)  # type: ignore[no-untyped-call]
     return outputs
+
+
+def _random_bits(
+    x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | None
+) -> tuple[list[Tensor | None], list[int]]:
+    """The seed of each projection, and the number of each branch within the bits of its seed.
+
+    Drawn seeds are those that the projections would draw one by one: masks do not depend on which
+    of them are computed together.
+    """
+    counts = [len(projection.branches) for projection in projections]
+    if seed is not None:
+        return [seed] * len(counts), list(range(sum(counts)))
+    seeds = [
+        _dropout.draw_seed(x.device)
+        if any(_dropout.threshold(branch.dropout_p) for branch in projection.branches)
+        else None
+        for projection in projections
+    ]
+    return seeds, [j for count in counts for j in range(count)]
 
 
 def _check_base(x: Tensor, projection: LoraProjection) -> int:

@@ -26,9 +26,10 @@ retain_graph raises as a second backward does; ``fasttune.patch(model, groups=Fa
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,21 @@ def members_of(layer: nn.Module) -> list[nn.Module]:
     """The layers that are computed together with this one, itself first; empty if it is alone."""
     siblings = _siblings.get(layer)
     return [] if siblings is None else siblings.group_of(layer)
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """What is learnt about the layers of a model inside is forgotten afterwards."""
+    before = {layer: _siblings[layer] for layer in model.modules() if layer in _siblings}
+    inside = {id(siblings): siblings.copy() for siblings in before.values()}
+    for layer, siblings in before.items():
+        _siblings[layer] = inside[id(siblings)]
+    try:
+        yield
+    finally:
+        for layer, siblings in before.items():
+            if layer in _siblings:
+                _siblings[layer] = siblings
 
 
 def fetch(layer: nn.Module, x: Any, describe: Describe) -> Tensor | None:
@@ -170,6 +186,10 @@ class _Siblings:
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     unfetched: list[weakref.ref[nn.Module]] = field(default_factory=list)
     open: _Open = field(default_factory=_Open)
+
+    def copy(self) -> _Siblings:
+        """The same groups, nothing else."""
+        return _Siblings(groups=[list(group) for group in self.groups])
 
     def group_of(self, layer: nn.Module) -> list[nn.Module]:
         for group in self.groups:

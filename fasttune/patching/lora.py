@@ -56,7 +56,7 @@ def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: A
     mixed = mixed_layer.forward(layer, original, state.of(layer, KIND), x, args, kwargs)
     if mixed is not None:
         return mixed
-    if not (args or kwargs):
+    if not (args or kwargs or torch.compiler.is_compiling()):
         fetched = groups.fetch(layer, x, _as_member)
         if fetched is not None:
             record = state.of(layer, KIND)

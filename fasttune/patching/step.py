@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.patching import state
+from fasttune.patching import groups, state
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -54,7 +54,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for record in state.all_of(module).values()
     ]
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    fork = torch.random.fork_rng(devices=devices)
+    with fork, torch.enable_grad(), groups.preserved(model):
         try:
             for parameter in parameters:
                 parameter.grad = None

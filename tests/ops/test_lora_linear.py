@@ -109,9 +109,10 @@ def op_arguments(thresholds=(6554,)):
         [1.5],
         list(thresholds),
         [1],
-        torch.tensor(3),
+        [torch.tensor(3)],
         torch.float32,
         [None],
+        [0],
     )
 
 
@@ -119,12 +120,10 @@ def test_opcheck():
     args = op_arguments()
     opcheck(FORWARD.registered, args)
     ys, ts = FORWARD.registered(*args)
-    x, weights, _, a, b, _, scaling, scalings, thresholds, counts, seed, dtype, _ = args
+    x, weights, _, a, b, _, scaling, scalings, thresholds, counts, seeds, dtype, _, streams = args
     needs = [True, True, True, True, True, False]
-    opcheck(
-        BACKWARD.registered,
-        (ys, x, weights, a, b, ts, scaling, scalings, thresholds, counts, seed, dtype, needs),
-    )
+    facts = (scaling, scalings, thresholds, counts, seeds, dtype, needs, streams)
+    opcheck(BACKWARD.registered, (ys, x, weights, a, b, ts, *facts))
 
 
 def test_shows_in_profiles_and_dispatch_modes():
