@@ -158,6 +158,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "scaled_sum",
+      [](const Matrix& x, const Matrix* addend, uintptr_t column_scale, float scale,
+         const Dropout& dropout, const MutableMatrix& out, int threads) {
+        kernels().scaled_sum(x, addend, pointer<const float>(column_scale), scale, dropout, out,
+                             threads);
+      },
+      release());
+  m.def(
       "glu_forward",
       [](const Matrix& gate, const Matrix& up, const MutableMatrix& y, int activation,
          int threads) {

@@ -12,10 +12,11 @@ enum class Activation : int {
   kRelu2 = 5,  // relu squared
   kTanh = 6,
   kSigmoid = 7,
+  kLeakyRelu = 8,  // 0.01 x below 0
 };
 
 // By code.
-constexpr const char* kActivationNames[] = {"silu", "gelu",  "gelu_tanh", "quick_gelu",
-                                            "relu", "relu2", "tanh",      "sigmoid"};
+constexpr const char* kActivationNames[] = {"silu",  "gelu", "gelu_tanh", "quick_gelu", "relu",
+                                            "relu2", "tanh", "sigmoid",   "leaky_relu"};
 
 }  // namespace fasttune

@@ -98,6 +98,12 @@ struct Sigmoid {
   }
 };
 
+struct LeakyRelu {
+  static constexpr float kSlope = 0.01f;
+  static vr value(vr x) { return x <= 0.0f ? kSlope * x : x; }
+  static Jet jet(vr x) { return {value(x), x <= 0.0f ? fill<vr>(kSlope) : fill<vr>(1.0f)}; }
+};
+
 // Calls body(Silu{}) and so on for the run-time code.
 template <typename Body>
 inline void with_activation(Activation activation, Body&& body) {
@@ -118,6 +124,8 @@ inline void with_activation(Activation activation, Body&& body) {
       return body(Tanh{});
     case Activation::kSigmoid:
       return body(Sigmoid{});
+    case Activation::kLeakyRelu:
+      return body(LeakyRelu{});
   }
 }
 

@@ -184,6 +184,11 @@ struct Kernels {
   void (*lora_expand)(const float* t, const float* panel, int64_t rank, const ExpandTerms& terms,
                       const Dropout& dropout, const MutableMatrix& out, int threads);
 
+  // out [M, N] = addend + keep * x scale column_scale, with addend and column_scale [N] fp32 or
+  // null.
+  void (*scaled_sum)(const Matrix& x, const Matrix* addend, const float* column_scale, float scale,
+                     const Dropout& dropout, const MutableMatrix& out, int threads);
+
   // The loss of each row of logits [C, V]; with need_grad the row becomes its gradient.
   void (*cross_entropy_rows)(const MutableMatrix& logits, const int64_t* targets,
                              const RowLossOptions& options, const RowLossOutputs& outputs,

@@ -8,6 +8,7 @@
 #include "lora_linear.h"
 #include "rms_norm.h"
 #include "rope.h"
+#include "scaled_sum.h"
 #include "simd.h"
 
 namespace fasttune::cpu::FASTTUNE_ISA {
@@ -19,6 +20,7 @@ const Kernels& table() {
                                lora_outer,
                                drop,
                                lora_expand,
+                               scaled_sum,
                                cross_entropy_rows,
                                glu_forward,
                                glu_backward,

@@ -13,7 +13,7 @@ MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
 LANES = 16  # kLanes of csrc/cpu/kernels.h
 
 
-def _dropout(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
+def dropout_of(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
     bits = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
     return cpu().Dropout(bits, threshold, branch, row_offset)
 
@@ -47,7 +47,7 @@ def lora_down(
     rank = a.shape[0]
     t = torch.empty(x.shape[0], rank, dtype=torch.float32)
     panel = _padded(a.t())  # [K, padded R]
-    dropout = _dropout(seed, threshold, branch, row_offset)
+    dropout = dropout_of(seed, threshold, branch, row_offset)
     factor = _scale(scale, scale_tensor)
     cpu().lora_reduce(matrix(x), panel.data_ptr(), rank, factor, dropout, t.data_ptr(), threads())
     return t
@@ -68,7 +68,7 @@ def lora_up(
     """
     if out is None:
         out = torch.empty(t.shape[0], b.shape[0], dtype=out_dtype)
-    _expand(t, fp32(b.t()), bias, _dropout(None, 0, 0, 0), out, addend, addend_scale)
+    _expand(t, fp32(b.t()), bias, dropout_of(None, 0, 0, 0), out, addend, addend_scale)
     return out
 
 
@@ -82,7 +82,7 @@ def drop(
 ) -> Tensor:
     """x * keep [M, K], not scaled."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    dropout = _dropout(seed, threshold, branch, row_offset)
+    dropout = dropout_of(seed, threshold, branch, row_offset)
     cpu().drop(matrix(x), dropout, matrix(out, mutable=True), threads())
     return out
 
@@ -99,7 +99,7 @@ def lora_up_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """d [M, R] fp32 = scale dy B, db [N, R] = dy^T t; None where not needed."""
     d = db = None
-    incoming, none = matrix(dy), _dropout(None, 0, 0, 0)
+    incoming, none = matrix(dy), dropout_of(None, 0, 0, 0)
     rank = b.shape[1]
     if need_d:
         d = torch.empty(dy.shape[0], rank, dtype=torch.float32)
@@ -135,7 +135,7 @@ def lora_down_backward(
     keep); None where not needed.
     """
     dx = da = None
-    dropout = _dropout(seed, threshold, branch, row_offset)
+    dropout = dropout_of(seed, threshold, branch, row_offset)
     if need_dx:
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
         _expand(d, fp32(a), None, dropout, dx, addend)

@@ -1,9 +1,18 @@
 """Modules on fasttune's ops, for models that are written with them; parameters keep the names of
 the modules that they replace."""
 
+from fasttune.nn.bottleneck import BottleneckAdapter
 from fasttune.nn.lora import LoraLinear
 from fasttune.nn.loss import LinearCrossEntropyLoss
 from fasttune.nn.mlp import MLP, GatedMLP
 from fasttune.nn.norms import LayerNorm, RMSNorm
 
-__all__ = ["MLP", "GatedMLP", "LayerNorm", "LinearCrossEntropyLoss", "LoraLinear", "RMSNorm"]
+__all__ = [
+    "MLP",
+    "BottleneckAdapter",
+    "GatedMLP",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "LoraLinear",
+    "RMSNorm",
+]

@@ -5,6 +5,7 @@ from fasttune.ops._row_loss import CrossEntropy
 from fasttune.ops.adamw import adamw_step, sum_of_squares
 from fasttune.ops.attention import attention
 from fasttune.ops.bias_activation import bias_activation
+from fasttune.ops.bottleneck import bottleneck
 from fasttune.ops.dora_linear import dora_linear, dora_weight_norm
 from fasttune.ops.glu import glu
 from fasttune.ops.layer_norm import add_layer_norm, layer_norm
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "bias_activation",
+    "bottleneck",
     "dora_linear",
     "dora_weight_norm",
     "embedding_with_rows",

@@ -55,7 +55,8 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 
 
 # Semantics of torch.nn.functional; quick_gelu and relu2 of transformers.activations (5.24):
-# QuickGELUActivation and ReLUSquaredActivation. The slopes of relu and relu2 at 0 are 0.
+# QuickGELUActivation and ReLUSquaredActivation. The slopes of relu and relu2 at 0 are 0,
+# that of leaky_relu is 0.01.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(functional.silu, _silu_slope),
     "gelu": Activation(functional.gelu, _gelu_slope),
@@ -71,6 +72,10 @@ ACTIVATIONS: dict[str, Activation] = {
     ),
     "tanh": Activation(torch.tanh, lambda x: 1 - torch.tanh(x).square()),
     "sigmoid": Activation(torch.sigmoid, _sigmoid_slope),
+    "leaky_relu": Activation(
+        functional.leaky_relu,  # 0.01 x below 0
+        lambda x: torch.where(x <= 0, 0.01, torch.ones_like(x)),
+    ),
 }
 
 

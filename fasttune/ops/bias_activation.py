@@ -186,7 +186,7 @@ def bias_activation(
     Args:
         x: fp32, bf16, fp16 (fp64 on the reference backend), any leading shape, also empty.
         bias: [N] on the device of x, any of those dtypes; None for none.
-        activation: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, tanh or sigmoid.
+        activation: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, tanh, sigmoid or leaky_relu.
 
     Returns:
         [*, N] in ``torch.promote_types(x.dtype, bias.dtype)``, also under autocast.

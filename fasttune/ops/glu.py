@@ -235,7 +235,7 @@ def glu(
         gate: fp32, bf16, fp16 (fp64 on the reference backend), any leading shape, also empty.
             Without ``up`` it holds both, one after the other along the last dimension.
         up: the shape and device of gate; may have another float dtype.
-        activation: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, tanh or sigmoid.
+        activation: silu, gelu, gelu_tanh, quick_gelu, relu, relu2, tanh, sigmoid or leaky_relu.
         gate_first: which half of a packed tensor is the gate; unused if ``up`` is given.
 
     Returns:

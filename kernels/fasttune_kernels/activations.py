@@ -108,6 +108,9 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "tanh":
         value = tanh(x)
         slope = 1.0 - value * value
+    elif ACTIVATION == "leaky_relu":
+        value = tl.where(x <= 0, 0.01 * x, x)
+        slope = tl.where(x <= 0, 0.01, 1.0)
     else:
         tl.static_assert(ACTIVATION == "sigmoid")
         value, minus = _sigmoids(x)

@@ -118,7 +118,7 @@ def test_copies_compute_the_same_and_are_independent(make: Any, copied: Any) -> 
 def test_wrong_activation_lists_the_names(make: Any) -> None:
     message = (
         "activation: expected one of silu, gelu, gelu_tanh, quick_gelu, relu, relu2, tanh, "
-        "sigmoid, got 'swish'"
+        "sigmoid, leaky_relu, got 'swish'"
     )
     with pytest.raises(ValueError, match=message):
         make(4, 8, activation="swish")

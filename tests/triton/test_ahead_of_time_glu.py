@@ -12,7 +12,17 @@ from fasttune_kernels.glu import glu_backward, glu_forward
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TOKENS, INTERMEDIATE = 8192, 14336
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh", "sigmoid")
+ACTIVATIONS = (
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "tanh",
+    "sigmoid",
+    "leaky_relu",
+)
 
 COMMON = [(capability, "bf16", name) for capability in (80, 90, 120) for name in ("silu", "gelu")]
 ALL = [

@@ -3,6 +3,7 @@
 from fasttune.testing.cases import (
     attention,
     bias_activation,
+    bottleneck,
     dora_linear,
     glu,
     layer_norm,
@@ -23,6 +24,7 @@ _OPS = (
     layer_norm,
     glu,
     bias_activation,
+    bottleneck,
     rope,
     attention,
 )

@@ -1,0 +1,266 @@
+"""bottleneck: an adapter that squeezes, activates and widens its input, added to a residual.
+
+Maths, for x [M, K], R wide inside:
+
+    z = x D^T + b_D                              [M, R], saved
+    h = act(z),  u = h U^T + b_U                 [M, H]
+    y = residual + keep * u scale factor / (1 - p)
+
+    g = keep * dy factor / (1 - p)
+    dz = ((g scale) U) act'(z),   dx = dz D (+ dy where the residual is x itself)
+    dD = dz^T x,  db_D = sum_m dz,  dU = (g scale)^T h,  db_U = sum_m g scale
+    dscale = sum_m g u = rows of (g^T h) U + (sum_m g) b_U, so that u is never needed again
+
+Saved for backward: x as it came and z; the mask is drawn again from the seed (docs/design.md states
+its format; the row and column of u are its element, branch 0).
+
+Products: six of the vendor's, in the compute dtype C, the autocast dtype or, outside autocast, what
+the dtypes of x and of the parameters promote to; accumulated in fp32. Around them one pass each way
+at most: the sum with mask, scale and residual in the forward, the mask in the backward.
+
+Rounding: z and h to C, as torch does; u to C; y once, to what C and the residual's dtype promote
+to; each gradient once, to the dtype of its tensor.
+
+Semantics: the adapter of Houlsby et al. (2019) and Pfeiffer et al. (2020); AdapterPlus (Steitz and
+Roth, 2024) has a scale for each channel. A layer norm in front, a gate and an activation after the
+up-projection are the module's (fasttune.nn.BottleneckAdapter), in ops of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune import _native, _registry, _torch
+from fasttune.ops import _bottleneck_reference, _dropout, _support, _triton
+from fasttune.ops._activations import ACTIVATIONS
+from fasttune.ops._arguments import accumulator, check_float, check_shape, output_shaped, rows_first
+from fasttune.ops._bottleneck_products import backward_with, forward_with
+
+BOTTLENECK_ACTIVATIONS = (*ACTIVATIONS, "identity")
+
+_TENSORS = "Tensor down, {} Tensor up, Tensor? up_bias, Tensor? scale, float factor"
+_FACTS = "str activation, int threshold, Tensor? seed, ScalarType dtype"
+
+
+def _forward_fake(x: Tensor, residual: Tensor | None, down: Tensor, *rest: Any) -> Any:
+    up, dtype, out_dtype = rest[1], rest[-2], rest[-1]
+    y = x.new_empty(x.shape[0], up.shape[0], dtype=out_dtype)
+    return y, x.new_empty(x.shape[0], down.shape[0], dtype=dtype)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, z: Tensor, down: Tensor, up: Tensor, up_bias: Any, scale: Any, *rest: Any
+) -> list[Tensor]:
+    wide = accumulator(rest[4])
+    wanted = [
+        (x.shape, x.dtype), (down.shape, down.dtype), ((down.shape[0],), wide),
+        (up.shape, up.dtype), ((up.shape[0],), wide),
+        (() if scale is None else scale.shape, wide),
+    ]  # fmt: skip
+    return [
+        x.new_empty(shape, dtype=dtype)
+        for (shape, dtype), flag in zip(wanted, rest[-1], strict=True)
+        if flag
+    ]
+
+
+FORWARD = _registry.define(
+    "bottleneck_fwd",
+    f"(Tensor x, Tensor? residual, {_TENSORS.format('Tensor? down_bias,')}, {_FACTS}, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    _forward_fake,
+)
+BACKWARD = _registry.define(
+    "bottleneck_bwd",
+    f"(Tensor dy, Tensor x, Tensor z, {_TENSORS.format('')}, {_FACTS}, bool residual_is_x, "
+    "bool[] needs) -> Tensor[]",
+    _backward_fake,
+)
+
+
+class _TritonPrimitives:
+    """The Triton launchers that the products need, loaded at the first call."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = "scaled_sum" if name == "scaled_sum" else "bias_activation"
+        return getattr(_triton.kernels(op), name)
+
+
+def _on_cpu(*args: Any) -> str | None:
+    return _support.why_not_cpu(args, ())
+
+
+def _on_triton(*args: Any) -> str | None:
+    return _support.why_not_triton(args, ())
+
+
+for _op, _run, _plain in (
+    (FORWARD, forward_with, _bottleneck_reference.forward),
+    (BACKWARD, backward_with, _bottleneck_reference.backward),
+):
+    _op.backend("cpu", _on_cpu)(partial(_run, _native))
+    _op.backend("triton", _on_triton)(partial(_run, _TritonPrimitives()))  # type: ignore[arg-type]
+    _op.backend("reference", _support.never)(_plain)
+
+
+class _Bottleneck(torch.autograd.Function):
+    """Tensors and facts (factor, activation, threshold, compute dtype, residual is x) to y."""
+
+    @staticmethod
+    def forward(ctx: Any, facts: Any, seed: Tensor | None, x: Tensor, *tensors: Any) -> Tensor:
+        residual, down, down_bias, up, up_bias, scale = tensors
+        factor, activation, threshold, dtype, residual_is_x = facts
+        rows = rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
+        addend = rows if residual_is_x else None
+        if residual is not None:
+            addend = rows_first(residual, rows.shape[0], up.shape[0])
+        out_dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
+        args = (
+            rows, addend, down, down_bias, up, up_bias, scale, factor, activation, threshold, seed,
+            dtype, out_dtype,
+        )  # fmt: skip
+        dispatched = _registry.must_dispatch((x, *tensors))
+        ctx.backend = None if dispatched else FORWARD.select(*args)
+        run = FORWARD.registered if ctx.backend is None else ctx.backend.run
+        y, z = run(*args)
+        ctx.save_for_backward(x, z, seed, down, up, up_bias, scale)
+        ctx.set_materialize_grads(False)
+        ctx.saved_bytes = x.nbytes + z.nbytes
+        ctx.facts, ctx.needs = facts, ctx.needs_input_grad[2:]
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        return output_shaped(y, (*x.shape[:-1], up.shape[0]))
+
+    @staticmethod
+    @_torch.first_order_only
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        if dy is None:
+            return (None,) * 9
+        x, z, seed, down, up, up_bias, scale = ctx.saved_tensors
+        factor, activation, threshold, dtype, residual_is_x = ctx.facts
+        need_x, need_residual, *rest = ctx.needs
+        needs = [need_x, *rest]
+        rows = rows_first(x, z.shape[0], x.shape[-1])
+        args = (
+            rows_first(dy, z.shape[0], up.shape[0]), rows, z, down, up, up_bias, scale, factor,
+            activation, threshold, seed, dtype, residual_is_x, needs,
+        )  # fmt: skip
+        run = BACKWARD.registered
+        if ctx.backend is not None:
+            run = BACKWARD.backends[ctx.backend.name].run
+        grads = iter(run(*args))
+        dx, *others = [next(grads) if flag else None for flag in needs]
+        residual_dtype, *dtypes = ctx.dtypes
+        others = [
+            None if grad is None else grad.to(kind)
+            for grad, kind in zip(others, dtypes, strict=True)
+        ]
+        dresidual = dy.to(residual_dtype) if need_residual else None
+        return None, None, None if dx is None else dx.view(x.shape), dresidual, *others
+
+
+def bottleneck(
+    x: Tensor,  # [*, K]
+    down: Tensor,  # [R, K]
+    up: Tensor,  # [H, R]
+    *,
+    down_bias: Tensor | None = None,  # [R]
+    up_bias: Tensor | None = None,  # [H]
+    residual: Tensor | None = None,  # [*, H]
+    activation: str = "relu",
+    scale: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """residual + scale dropout(act(x down^T + down_bias) up^T + up_bias), [*, H].
+
+    Args:
+        x: [*, K], fp32, bf16, fp16 (fp64 on the reference backend), any leading shape, also empty.
+        down, up, down_bias, up_bias: the adapter, of any float dtypes.
+        residual: [*, H] of any float dtype; x itself, the same object, costs nothing in backward.
+            None adds nothing.
+        activation: one of silu, gelu, gelu_tanh, quick_gelu, relu, relu2, tanh, sigmoid,
+            leaky_relu, identity.
+        scale: a float, or a tensor [1] or [H] that may be trained.
+        dropout_p: probability in [0, 1) to drop an element of the up-projection; rounded to
+            1 / 65536.
+        seed: 0-d int64 tensor on the device of x that fixes the mask; drawn from torch's generator
+            of the device if None.
+
+    Returns:
+        [*, H] in the dtype that the compute dtype (autocast's, else what x and the adapter promote
+        to) and the residual's promote to.
+
+    Raises:
+        TypeError: an argument is no tensor or has no float dtype.
+        ValueError: shapes or devices do not fit, an unknown activation, or a dropout probability
+            outside [0, 1).
+
+    Source: Houlsby et al. (2019), Parameter-efficient transfer learning for NLP.
+    """
+    _validate(x, down, up, down_bias, up_bias, residual, activation, scale)
+    threshold = _dropout.threshold(dropout_p)
+    if threshold and seed is None:
+        seed = _dropout.draw_seed(x.device)
+    dtype = _torch.autocast_dtype(x.device.type)
+    if dtype is None:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, down.dtype), up.dtype)
+    factor = 1.0 if isinstance(scale, Tensor) else float(scale)
+    columns = scale if isinstance(scale, Tensor) else None
+    same = residual is x
+    if _torch.in_functorch():
+        return _in_functorch(
+            x, residual, down, down_bias, up, up_bias, columns, factor, activation, threshold, seed,
+            dtype,
+        )  # fmt: skip
+    facts = (factor, activation, threshold, dtype, same)
+    addend = None if same else residual
+    tensors = (addend, down, down_bias, up, up_bias, columns)
+    y: Tensor = _Bottleneck.apply(facts, seed, x, *tensors)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _in_functorch(x: Tensor, residual: Tensor | None, down: Tensor, *rest: Any) -> Tensor:
+    """Plain torch operations compose with vmap and grad."""
+    up, dtype = rest[1], rest[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    addend = None if residual is None else residual.reshape(-1, up.shape[0])
+    out = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
+    facts: Any = (rows, addend, down, *rest, out)
+    y, _ = _bottleneck_reference.forward(*facts)
+    return y.reshape(*x.shape[:-1], up.shape[0])
+
+
+def _validate(
+    x: Any,
+    down: Any,
+    up: Any,
+    down_bias: Any,
+    up_bias: Any,
+    residual: Any,
+    activation: Any,
+    scale: Any,
+) -> None:
+    check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got none")
+    check_shape("down", down, (None, x.shape[-1]), x.device)
+    check_shape("up", up, (None, down.shape[0]), x.device)
+    if down_bias is not None:
+        check_shape("down_bias", down_bias, (down.shape[0],), x.device)
+    if up_bias is not None:
+        check_shape("up_bias", up_bias, (up.shape[0],), x.device)
+    if residual is not None:
+        check_shape("residual", residual, (*x.shape[:-1], up.shape[0]), x.device)
+    if activation not in BOTTLENECK_ACTIVATIONS:
+        names = ", ".join(BOTTLENECK_ACTIVATIONS)
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+    if isinstance(scale, Tensor):
+        size = scale.shape[0] if scale.dim() == 1 else 0
+        check_shape("scale", scale, (up.shape[0] if size != 1 else 1,), x.device)
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a number or a tensor, got {type(scale).__name__}")

@@ -1,0 +1,89 @@
+"""What is special of bottleneck; tests/test_conformance.py has the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fasttune.ops import bottleneck
+from fasttune.testing.conformance import backend
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "x": torch.randn(3, 5, 24),
+        "down": torch.randn(6, 24),
+        "up": torch.randn(24, 6),
+        "down_bias": torch.randn(6),
+        "up_bias": torch.randn(24),
+        "scale": torch.randn(24),
+    }
+
+
+def call(**changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {**tensors(), **changes}
+    x, down, up = (arguments.pop(name) for name in ("x", "down", "up"))
+    return bottleneck(x, down, up, **arguments)
+
+
+def test_masks_are_the_same_in_every_backend() -> None:
+    seed = torch.tensor(123456789012345)
+    outputs = []
+    for name in ("reference", "cpu", "triton"):
+        with backend(name):
+            outputs.append(call(dropout_p=0.5, seed=seed) == 0)
+    assert 0.4 < outputs[0].float().mean() < 0.6
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_the_residual_may_be_x_or_its_copy() -> None:
+    given = tensors()
+    x = given["x"].requires_grad_()
+    grads = []
+    for residual in (x, x.clone()):
+        x.grad = None
+        call(x=x, residual=residual, dropout_p=0.0).square().sum().backward()
+        grads.append(x.grad)
+    assert torch.allclose(grads[0], grads[1], rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_vmap_and_second_derivatives() -> None:
+    given = tensors()
+    del given["x"], given["scale"]
+    down, up = given.pop("down"), given.pop("up")
+    x = torch.randn(3, 5, 24)
+    mapped = torch.func.vmap(lambda row: bottleneck(row, down, up, residual=row, **given))(x)
+    assert torch.allclose(mapped, bottleneck(x, down, up, residual=x, **given), atol=1e-5)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        bottleneck(x, down, up, **given).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.ones(3, dtype=torch.int64)}, TypeError, "x: expected fp32"),
+        ({"x": 3}, TypeError, "x: expected a tensor, got int"),
+        ({"down": torch.randn(6, 23)}, ValueError, r"down: expected shape \[any, 24\]"),
+        ({"up": torch.randn(24, 5)}, ValueError, r"up: expected shape \[any, 6\]"),
+        ({"down_bias": torch.randn(5)}, ValueError, r"down_bias: expected shape \[6\]"),
+        ({"up_bias": torch.randn(5)}, ValueError, r"up_bias: expected shape \[24\]"),
+        ({"residual": torch.randn(3, 5, 23)}, ValueError, r"residual: expected shape \[3, 5, 24\]"),
+        ({"activation": "swish"}, ValueError, "activation: expected one of silu"),
+        ({"scale": torch.randn(7)}, ValueError, r"scale: expected shape \[24\], got \[7\]"),
+        ({"scale": "2"}, TypeError, "scale: expected a number or a tensor, got str"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p: expected a probability"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(**changes)
