@@ -14,6 +14,7 @@ from fasttune.ops import bottleneck
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops._dropout import threshold
 from fasttune.ops.bottleneck import BOTTLENECK_ACTIVATIONS
+from fasttune.ops.policy import bottleneck_not_faster
 
 # Other names of transformers and of the adapters library.
 _ALIASES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -47,8 +48,9 @@ class BottleneckAdapter(nn.Module):
         ValueError: sizes below 1, an unknown activation or scaling, or a dropout outside [0, 1).
         TypeError: an argument of another type.
 
-    The op :func:`fasttune.ops.bottleneck` computes it where there is something to fuse: dropout or
-    a trained scale. Otherwise it is four operations of torch, which run as they are.
+    The op :func:`fasttune.ops.bottleneck` computes it where there is something to gain: dropout, or
+    a trained scale of a large input (fasttune/ops/policy.py). Otherwise it is four or five
+    operations of torch, which run as they are.
 
     Source: Houlsby et al. (2019); Pfeiffer et al. (2020); AdapterPlus (Steitz and Roth, 2024).
     """
@@ -94,7 +96,8 @@ class BottleneckAdapter(nn.Module):
         dropout = self.dropout if self.training else 0.0
         inner = x if self.norm is None else self.norm(x)
         fusible = isinstance(self.activation, str) and self.output_activation is None
-        if fusible and self.gate is None and (dropout or self.scale is not None):
+        slow = bottleneck_not_faster(x, dropout, self.scale is not None)
+        if fusible and self.gate is None and not slow:
             return bottleneck(
                 inner, self.down.weight, self.up.weight, down_bias=self.down.bias,
                 up_bias=self.up.bias, residual=residual, activation=str(self.activation),

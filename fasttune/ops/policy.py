@@ -32,6 +32,7 @@ class Limits:
         rope: q and k of a rotary embedding.
         attention_scores: B x Hq x S x T.
         logits: rows x vocabulary of the head below a loss.
+        bottleneck: input of a bottleneck adapter with a trained scale and without dropout.
     """
 
     lora_dropout: int = 1 << 16
@@ -44,6 +45,7 @@ class Limits:
     rope: int = 1 << 15
     attention_scores: int = 1 << 16
     logits: int = 1 << 18
+    bottleneck: int = 1 << 21
 
 
 NO_LIMITS = Limits(*(0 for _ in fields(Limits)))
@@ -120,6 +122,17 @@ def mlp_too_small(x: Tensor) -> bool:
 def rope_too_small(q: Tensor, k: Tensor) -> bool:
     """True if torch's kernels are faster for a rotary embedding of these."""
     return q.is_cpu and q.numel() + k.numel() < limits.rope and _registry.forced_backend() is None
+
+
+def bottleneck_not_faster(x: Tensor, dropout_p: float, scaled: bool) -> bool:
+    """True if torch's own operations are as fast for a bottleneck adapter: nothing is fused around
+    its products but a dropout or a trained scale.
+    """
+    if dropout_p > 0:
+        return False
+    if not scaled:
+        return True
+    return x.is_cpu and x.numel() < limits.bottleneck and _registry.forced_backend() is None
 
 
 def loss_too_small(hidden: Tensor, vocabulary: int) -> bool:
