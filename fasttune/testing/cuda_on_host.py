@@ -61,7 +61,7 @@ def build(sources: Sequence[Path], csrc: Path, macros: Sequence[str] = ()) -> Pa
         return library
     defines = [f"-D{name}" for name in macros]
     with tempfile.TemporaryDirectory() as directory:
-        objects = []
+        objects: list[str] = []
         for path in [*sources, *sorted(csrc.glob("emulator/*.cpp"))]:
             objects.append(f"{directory}/{len(objects)}.o")
             checks = _CHECKS if path.suffix == ".cu" else []
@@ -118,7 +118,10 @@ class Kernels:
         self._library.emulator_forget_buffers()
         for arg in args:
             if isinstance(arg, Tensor):
-                extent = arg.untyped_storage().nbytes() - arg.storage_offset() * arg.element_size()
+                skipped = arg.storage_offset() * arg.element_size()
+                extent = int(arg.untyped_storage().nbytes() - skipped)
+                    int(arg.untyped_storage().nbytes()) - arg.storage_offset() * arg.element_size()
+                )
                 self._library.emulator_add_buffer(
                     ctypes.c_void_p(arg.data_ptr()), ctypes.c_size_t(extent)
                 )
@@ -131,7 +134,8 @@ class Kernels:
         if shutil.which("addr2line") is None:
             return offset[0]
         command = ["addr2line", "-e", self._path, offset[1]]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return found.split(" (")[0].strip()
 
 
 def _as_c(arg: Any) -> Any:

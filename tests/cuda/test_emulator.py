@@ -62,15 +62,15 @@ FAULTS = [
     (
         "reverse",
         6,
-        r"race: (write after read|read after write) at dynamic shared memory \+ \d+, with thread \d+",
+        r"race: (write after read|read after write) at dynamic .* with thread \d+ at .*\.cu",
     ),
     ("sum", 8, r"shuffle reads lane \d+, outside its mask, at .*faults.cu"),
     ("reverse", 9, "before its cp.async was waited for"),
     ("sum", 10, "divergent __syncthreads: a thread (has )?ended"),
     ("rotate", 11, "race: (read after write|write after read)|has not written"),
-    ("sum", 12, r"deadlock: no thread can go on; thread \d+ at .*|divergent|lane that has ended"),
+    ("sum", 12, r"deadlock: no thread can go on; thread \d+ at .*faults.cu:\d+"),
     ("sum", 13, "read of static shared memory .* has not written"),
-    ("reverse", 14, "race: |out-of-bounds write of 4 bytes"),
+    ("reverse", 14, "out-of-bounds write of 4 bytes.*faults.cu"),
 ]
 
 
