@@ -120,8 +120,6 @@ class Kernels:
             if isinstance(arg, Tensor):
                 skipped = arg.storage_offset() * arg.element_size()
                 extent = int(arg.untyped_storage().nbytes() - skipped)
-                    int(arg.untyped_storage().nbytes()) - arg.storage_offset() * arg.element_size()
-                )
                 self._library.emulator_add_buffer(
                     ctypes.c_void_p(arg.data_ptr()), ctypes.c_size_t(extent)
                 )
