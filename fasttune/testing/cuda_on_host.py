@@ -1,0 +1,146 @@
+"""Compiles CUDA C++ with g++ against csrc/emulator and runs it: docs/cuda_on_the_host.md."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+# Not -O2: vectorised code would hide in one wide access what a GPU's threads do one by one.
+_FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-DFASTTUNE_EMULATE", "-Wall", "-Wno-attributes"]
+# The runtime answers the checks itself, so the flags are given to the compiler, not the linker.
+_CHECKS = [
+    "-fsanitize=thread",
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize-recover=all",
+    "--param=tsan-instrument-func-entry-exit=0",
+]
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did what CUDA does not allow; the message names the place and the thread."""
+
+
+def compiler_missing() -> str | None:
+    """Why kernels cannot be compiled for the host, or None."""
+    return None if shutil.which("g++") else "the CUDA emulator needs g++, which is not on PATH"
+
+
+def build(sources: Sequence[Path], csrc: Path, macros: Sequence[str] = ()) -> Path:
+    """Compile ``sources`` and the emulator's runtime into a shared library.
+
+    Libraries are kept in the temporary directory under a hash of everything that went in.
+
+    Args:
+        sources: the .cu files.
+        csrc: the directory that holds ``emulator`` and ``cuda``.
+        macros: names to define, or ``NAME=VALUE``.
+
+    Raises:
+        RuntimeError: g++ refused a source; the message holds what it said.
+    """
+    inputs = sorted(
+        {*sources, *csrc.glob("emulator/*"), *csrc.glob("cuda/*"), *csrc.glob("common/*")}
+    )
+    digest = hashlib.sha256(repr((macros, _FLAGS, _CHECKS)).encode())
+    for path in inputs:
+        digest.update(path.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"fasttune-cuda-on-host-{os.getuid()}"
+    cache.mkdir(exist_ok=True, mode=0o700)
+    library = cache / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    defines = [f"-D{name}" for name in macros]
+    with tempfile.TemporaryDirectory() as directory:
+        objects: list[str] = []
+        for path in [*sources, *sorted(csrc.glob("emulator/*.cpp"))]:
+            objects.append(f"{directory}/{len(objects)}.o")
+            checks = _CHECKS if path.suffix == ".cu" else []
+            _run(
+                "g++",
+                *_FLAGS,
+                *checks,
+                *defines,
+                f"-I{csrc}",
+                "-x",
+                "c++",
+                "-c",
+                path,
+                "-o",
+                objects[-1],
+            )
+        _run("g++", "-shared", *objects, "-ldl", "-o", f"{directory}/library.so")
+        shutil.copy(f"{directory}/library.so", f"{library}.{os.getpid()}")
+        os.replace(f"{library}.{os.getpid()}", library)
+    return library
+
+
+def _run(*command: str | Path) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+
+
+class Kernels:
+    """The launchers of a library that :func:`build` made.
+
+    Args:
+        library: the shared library.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._path = str(library)
+        self._library = ctypes.CDLL(self._path)
+        self._library.emulator_error.restype = ctypes.c_char_p
+
+    def __call__(self, launcher: str, *args: Any, seed: int = 0) -> None:
+        """Run a launcher; the kernel may touch the tensors among ``args`` and nothing else.
+
+        Args:
+            launcher: the name of an ``extern "C"`` function.
+            args: tensors (their addresses are passed), None (a null pointer), integers (int64),
+                floats (float) and whatever else ctypes takes.
+            seed: of the order of threads and blocks; 0 keeps them in order.
+
+        Raises:
+            EmulatorError: the kernel broke a rule of CUDA.
+        """
+        self._library.emulator_begin(ctypes.c_uint(seed))
+        self._library.emulator_forget_buffers()
+        for arg in args:
+            if isinstance(arg, Tensor):
+                skipped = arg.storage_offset() * arg.element_size()
+                extent = int(arg.untyped_storage().nbytes() - skipped)
+                self._library.emulator_add_buffer(
+                    ctypes.c_void_p(arg.data_ptr()), ctypes.c_size_t(extent)
+                )
+        getattr(self._library, launcher)(*map(_as_c, args))
+        message = self._library.emulator_error().decode()
+        if message:
+            raise EmulatorError(re.sub(r"\{(0x[0-9a-f]+)\}", self._source_line, message))
+
+    def _source_line(self, offset: re.Match[str]) -> str:
+        if shutil.which("addr2line") is None:
+            return offset[0]
+        command = ["addr2line", "-e", self._path, offset[1]]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return found.split(" (")[0].strip()
+
+
+def _as_c(arg: Any) -> Any:
+    if arg is None:
+        return ctypes.c_void_p(None)
+    if isinstance(arg, Tensor):
+        return ctypes.c_void_p(arg.data_ptr())
+    if isinstance(arg, int):
+        return ctypes.c_int64(arg)
+    return ctypes.c_float(arg) if isinstance(arg, float) else arg
