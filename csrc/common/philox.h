@@ -20,11 +20,18 @@ struct Dropout {
   uint64_t row_offset;
 };
 
+#if defined(__CUDACC__)
+#define FASTTUNE_HOST_DEVICE __host__ __device__
+#else
+#define FASTTUNE_HOST_DEVICE
+#endif
+
 struct PhiloxWords {
   uint32_t word[4];
 };
 
-inline PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+FASTTUNE_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+                                               uint32_t c3) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxMultiplier0) * c0;

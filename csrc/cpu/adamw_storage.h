@@ -13,7 +13,6 @@ struct RandomBits {
   uint64_t seed;
   uint32_t stream, step;
 };
-enum BitsPurpose : uint32_t { kWeightBits = 0, kExpAvgBits = 1, kExpAvgSqBits = 2 };
 
 // 16 random bits for each of the kQuantised elements from `first`, a multiple of 8.
 inline void draw(const RandomBits& random, uint32_t purpose, int64_t first, uint32_t* bits) {
@@ -66,12 +65,10 @@ inline void store_master(const float* src, int64_t count, uint16_t* weight, int1
   }
 }
 
-// 8-bit floats relative to the largest magnitude of the block (fasttune_kernels/adamw_tables.py).
-constexpr int kCodeShift = 20;
-
+// 8-bit floats relative to the largest magnitude of the block.
 template <bool kSigned>
 struct Codes {
-  static constexpr uint32_t kLowest = (127 - (kSigned ? 15 : 31)) << 3;
+  static constexpr uint32_t kLowest = lowest_code(kSigned);
   static constexpr uint32_t kMagnitude = kSigned ? 0x7fu : 0xffu;
 
   static void load(const uint8_t* codes, float scale, int64_t count, float* dst) {
@@ -103,7 +100,8 @@ struct Codes {
     const float inverse = 1.0f / largest;
     for (int64_t i = 0; i < count; ++i) {
       const float size = std::fabs(src[i]), scaled = std::fmin(size * inverse, 1.0f);
-      const int32_t rounded = static_cast<int32_t>((bits_of(scaled) + (random[i] << 4)) >> 20);
+      const int32_t rounded =
+          static_cast<int32_t>((bits_of(scaled) + (random[i] << 4)) >> kCodeShift);
       const int32_t least = !kSigned && size > 0 ? 1 : 0;
       const int32_t code = std::max(rounded - static_cast<int32_t>(kLowest), least);
       codes[i] = static_cast<uint8_t>(code | (kSigned && src[i] < 0 ? 0x80 : 0));

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/activation.h"
+#include "common/adamw.h"
 #include "common/dtype.h"
 #include "common/philox.h"
 
@@ -134,25 +135,6 @@ struct ColumnSums {
   int64_t chunks;  // how the rows are shared out, also where no sum is wanted
 };
 
-// The tables of an AdamW step have a row for each tensor; fasttune_kernels/adamw_tables.py names
-// the same columns.
-struct AdamWAddresses {
-  void* param;
-  const void* grad;
-  void* exp_avg;
-  void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null: no amsgrad
-  void* residue;  // what a 16-bit parameter is short of: low bits of a master, or Kahan's sum
-  float* scales;  // [2, blocks]: those of 8-bit exp_avg, then of exp_avg_sq
-  int64_t numel;
-  const void *lr, *decay, *step;  // for values on a device; unused here
-};
-struct AdamWFacts {
-  double lr, beta1, beta2, eps, decay, step, stream;
-};
-enum class Moments : int { kFloat32 = 0, kBFloat16 = 1, k8Bit = 2 };
-enum class Rounding : int { kNearest = 0, kMaster = 1, kStochastic = 2, kKahan = 3 };
-
 // What all tensors of a call share.
 struct AdamWCall {
   DType param_dtype, grad_dtype;
@@ -262,10 +244,8 @@ struct Kernels {
                      const AdamWCall& call, double* norms, int threads);
 };
 
-constexpr int64_t kSumRows = 256;      // rows of x that one partial sum of column_sum adds
-constexpr int64_t kAdamWBlock = 8192;  // elements that one partial norm of AdamW covers
-constexpr int64_t kQuantised = 256;    // elements that share a scale of 8-bit moments
-constexpr int64_t kLanes = 16;         // fp32 values in a vector of every build
+constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds
+constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 
 namespace avx512bf16 {  // AVX-512 with the dot product of bf16 pairs

@@ -77,6 +77,13 @@ struct Sigmoid {
   }
 };
 
+struct LeakyRelu {
+  static constexpr float kSlope = 0.01f;
+  static __device__ Jet jet(float x) {
+    return {x <= 0.0f ? kSlope * x : x, x <= 0.0f ? kSlope : 1.0f};
+  }
+};
+
 // body(A{}) with the activation of a code.
 template <typename F>
 void with_activation(Activation activation, F&& body) {
@@ -97,6 +104,8 @@ void with_activation(Activation activation, F&& body) {
       return body(Tanh{});
     case Activation::kSigmoid:
       return body(Sigmoid{});
+    case Activation::kLeakyRelu:
+      return body(LeakyRelu{});
   }
 }
 

@@ -94,6 +94,9 @@ inline unsigned up(unsigned delta) { return here.lane >= delta ? here.lane - del
 #define __any_sync(mask, predicate) (::emulator::vote(mask, predicate, EMULATOR_SITE) != 0)
 #define __all_sync(mask, predicate) (::emulator::vote(mask, predicate, EMULATOR_SITE) == (mask))
 
+// Blocks run one after another: what one wrote, later ones see.
+#define __threadfence() ((void)0)
+
 // Not preempted between the load and the store: threads change at synchronisation only.
 template <typename T>
 __attribute__((noinline, no_sanitize("thread"))) T atomicAdd(T* address, T value) {

@@ -102,22 +102,25 @@ class Kernels:
         self._library = ctypes.CDLL(self._path)
         self._library.emulator_error.restype = ctypes.c_char_p
 
-    def __call__(self, launcher: str, *args: Any, seed: int = 0) -> None:
-        """Run a launcher; the kernel may touch the tensors among ``args`` and nothing else.
+    def __call__(
+        self, launcher: str, *args: Any, seed: int = 0, reachable: Sequence[Tensor] = ()
+    ) -> None:
+        """Run a launcher; the kernel may touch the tensors it is given and nothing else.
 
         Args:
             launcher: the name of an ``extern "C"`` function.
             args: tensors (their addresses are passed), None (a null pointer), integers (int64),
                 floats (float) and whatever else ctypes takes.
             seed: of the order of threads and blocks; 0 keeps them in order.
+            reachable: tensors whose addresses stand in a table.
 
         Raises:
             EmulatorError: the kernel broke a rule of CUDA.
         """
         self._library.emulator_begin(ctypes.c_uint(seed))
         self._library.emulator_forget_buffers()
-        for arg in args:
-            if isinstance(arg, Tensor):
+        for arg in (*args, *reachable):
+            if isinstance(arg, Tensor) and arg.numel():
                 skipped = arg.storage_offset() * arg.element_size()
                 extent = int(arg.untyped_storage().nbytes() - skipped)
                 self._library.emulator_add_buffer(
