@@ -79,7 +79,6 @@ void prepare_block(dim3 size, size_t shared_bytes) {
 }
 
 std::string who_waits() {
-  std::string text;
   for (const Thread& thread : block.threads)
     if (thread.waits_at)
       return "thread " + std::to_string(thread.linear) + " at " + thread.waits_at;

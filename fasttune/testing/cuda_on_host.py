@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Not -O2: vectorised code would hide in one wide access what a GPU's threads do one by one.
 _FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-DFASTTUNE_EMULATE", "-Wall", "-Wno-attributes"]
+# Or libraries in one process would share the static shared memory of templates with external names.
+_FLAGS += ["-fno-gnu-unique"]
 # The runtime answers the checks itself, so the flags are given to the compiler, not the linker.
 _CHECKS = [
     "-fsanitize=thread",

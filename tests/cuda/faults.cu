@@ -1,5 +1,6 @@
 // Small kernels, each right with fault = 0 and wrong in a known way with FAULT = its number.
 #include "cuda/primitives.cuh"
+#include "cuda/reduce.cuh"
 
 namespace {
 
@@ -88,6 +89,41 @@ __global__ void rotate_kernel(const float* x, float* y, Fault fault) {
   y[threadIdx.x] = values[(threadIdx.x + 1) % 32];
 }
 
+// y[block] = the sum of x[block]; the shared memory is that of a template with an external name.
+__global__ void block_sum_kernel(const float* x, float* y) {
+  const float sum = block_sum<kThreads>(x[blockIdx.x * kThreads + threadIdx.x]);
+  if (threadIdx.x == kThreads - 1) y[blockIdx.x] = sum;
+}
+
+enum WarpFault : int64_t {
+  kNotInMask = 1,
+  kEndedLane = 2,
+  kTwoPlaces = 3,
+  kOutstandingCopy = 4,
+  kOverflow = 5,
+};
+
+// y = the sum of x over a warp, unless broken.
+__global__ void warp_sum_kernel(const float* x, float* y, WarpFault fault) {
+  __shared__ __align__(16) float row[4];
+  float sum = x[threadIdx.x];
+  if (fault == kNotInMask) __syncwarp(0xFFFEu);
+  if (fault == kEndedLane && threadIdx.x == 7) return;
+  if (fault == kTwoPlaces) {
+    if (threadIdx.x < 16)
+      __syncwarp(~0u);
+    else
+      __syncwarp(~0u);
+  }
+  if (fault == kOutstandingCopy && threadIdx.x == 0) {
+    copy_async_16(row, x);
+    copy_async_commit();
+  }
+  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  const int huge = 0x7FFFFFE0 + static_cast<int>(threadIdx.x);
+  y[threadIdx.x] = fault == kOverflow ? static_cast<float>(huge + 1) : sum;
+}
+
 // counts[x % 4] of the block's integers.
 __global__ void count_kernel(const int* x, int* counts) {
   __shared__ int bins[4];
@@ -132,6 +168,14 @@ extern "C" void launch_copy(const float* x, float* y, int64_t blocks, int64_t fa
 
 extern "C" void launch_rotate(const float* x, float* y, int64_t blocks, int64_t fault) {
   launch(rotate_kernel, dim3(blocks), dim3(32), 0, nullptr, x, y, Fault(fault));
+}
+
+extern "C" void launch_block_sum(const float* x, float* y, int64_t blocks) {
+  launch(block_sum_kernel, dim3(blocks), dim3(kThreads), 0, nullptr, x, y);
+}
+
+extern "C" void launch_warp_sum(const float* x, float* y, int64_t fault) {
+  launch(warp_sum_kernel, dim3(1), dim3(32), 0, nullptr, x, y, WarpFault(fault));
 }
 
 extern "C" void launch_count(const int* x, int* counts, int64_t blocks) {

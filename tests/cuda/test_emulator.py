@@ -115,3 +115,34 @@ def test_an_error_does_not_outlive_its_call(kernels: cuda_on_host.Kernels) -> No
         run(kernels, "sum", 4, 1)
     y, truth = run(kernels, "sum", 0, 1)
     torch.testing.assert_close(y.double(), truth, rtol=0, atol=1e-5)
+
+
+def test_two_libraries_keep_their_shared_memory_apart(kernels: cuda_on_host.Kernels) -> None:
+    source = ROOT / "tests/cuda/faults.cu"
+    other = cuda_on_host.Kernels(cuda_on_host.build([source], ROOT / "csrc", macros=["OTHER"]))
+    x = torch.randn(BLOCKS, THREADS)
+    for library in (kernels, other):
+        y = unwritten(BLOCKS)
+        library("launch_block_sum", x, y, BLOCKS, seed=1)
+        torch.testing.assert_close(y.double(), x.double().sum(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, "a lane is not in its own mask at .*faults.cu"),
+        (2, "the mask names a lane that has ended|deadlock"),
+        (3, "divergent warp operation: lanes wait at .*faults.cu"),
+        (4, "ended with a cp.async that it did not wait for"),
+        (5, "signed overflow at .*faults.cu"),
+    ],
+)
+def test_faults_of_a_warp_are_named(
+    kernels: cuda_on_host.Kernels, fault: int, message: str, seed: int
+) -> None:
+    x, y = torch.randn(32), unwritten(32)
+    kernels("launch_warp_sum", x, y, 0, seed=seed)
+    torch.testing.assert_close(y, x.sum().expand(32), rtol=0, atol=1e-5)
+    with pytest.raises(cuda_on_host.EmulatorError, match=message):
+        kernels("launch_warp_sum", x, y, fault, seed=seed)

@@ -100,7 +100,7 @@ def test_backward_matches_the_reference(
     x, dy = normal(rows, cols, dtype=x_type), normal(cols, rows, dtype=dy_type).T.contiguous()
     addend = normal(rows, cols + 1, dtype=x_type)[:, 1:].contiguous() if added else None
     weight = None if weight_type is None else normal(cols, dtype=weight_type)
-    wide = [None if t is None else t.double() for t in (x, weight, addend, dy)]
+    wide_weight, wide_addend = (None if t is None else t.double() for t in (weight, addend))
     rstd = torch.rsqrt(x.double().pow(2).mean(-1) + EPS)
     dx, blocks = unwritten(rows, cols, dtype=x_type), 2
     partial = None if weight is None else unwritten(blocks, cols)
@@ -113,7 +113,9 @@ def test_backward_matches_the_reference(
     )
     need = weight is not None
     stock = reference.backward(dy, x, weight, rstd.float(), addend, offset, True, need)
-    truth = reference.backward(wide[3], wide[0], wide[1], rstd, wide[2], offset, True, need)
+    truth = reference.backward(
+        dy.double(), x.double(), wide_weight, rstd, wide_addend, offset, True, need
+    )
     numerics.check("dx", dx, stock[0], truth[0])
     if dweight is not None:
         numerics.check("dweight", dweight, stock[1], truth[1])
