@@ -43,7 +43,7 @@ def hardware() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else "none visible to torch",
-        "CUDA C++ kernels": "not part of this version",
+        "CUDA C++ kernels": "written (csrc/cuda), not built into this version",
     }
     return facts
 
