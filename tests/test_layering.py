@@ -18,7 +18,7 @@ LAYERS = (
     ("_registry", "_native", "_cpu"),
     ("ops",),
     ("nn", "optim"),
-    ("patching", "integrations"),
+    ("patching", "integrations", "adapters"),
     ("doctor", ""),
     ("demo", "cli"),
 )

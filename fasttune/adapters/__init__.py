@@ -1,0 +1,221 @@
+"""Bottleneck adapters on a whole model: add, activate, stack, save, load, remove.
+
+Adapters follow the linear layers that end the MLP (``seq_bn``; Pfeiffer et al., 2020) and, with
+``double_seq_bn``, the attention (Houlsby et al., 2019) of every block: before the dropout, the
+residual and the norm that come after. The blocks are found by structure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fasttune.adapters import _sites
+from fasttune.adapters._bank import CHILD, AdapterBank, attach, detach
+from fasttune.nn import BottleneckAdapter
+
+_STATE = "_fasttune_bottlenecks"  # on the model: {"configs": by name, "trained": base parameters}
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+__all__ = ["activate", "add", "deactivate", "load", "remove", "save", "stack"]
+
+
+def add(
+    model: nn.Module,
+    name: str,
+    placement: str = "seq_bn",
+    *,
+    reduction_factor: float = 16,
+    activation: str = "relu",
+    scaling: float | str = 1.0,
+    dropout: float = 0.0,
+) -> None:
+    """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
+
+    A fresh adapter is the identity. Heads are frozen too; unfreeze one to train it.
+
+    Args:
+        model: a transformer whose blocks are in a ModuleList; changed in place.
+        name: letters, digits, ``_`` and ``-``.
+        placement: "seq_bn" or "double_seq_bn".
+        reduction_factor: the output width of the layer over the bottleneck size, above 0.
+        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`.
+
+    Raises:
+        TypeError: ``name`` is no string, or ``model`` no module.
+        ValueError: ``name`` is taken or unusable, the placement unknown, an option out of range, or
+            the structure not recognised. The model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_free(model, name)
+    if not reduction_factor > 0:
+        raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
+    sites = _sites.find(model, placement)
+    options = {"activation": activation, "scaling": scaling, "dropout": dropout}
+    made = {
+        site: _adapter(model.get_submodule(site), width, reduction_factor, options)
+        for site, width in sites.items()
+    }
+    state = model.__dict__.setdefault(_STATE, {"configs": {}, "trained": None})
+    if state["trained"] is None:
+        state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for site, adapter in made.items():
+        attach(model.get_submodule(site))[name] = adapter.train(model.training)
+    state["configs"][name] = {
+        "placement": placement,
+        "reduction_factor": reduction_factor,
+        **options,
+    }
+    activate(model, name)
+
+
+def activate(model: nn.Module, name: str) -> None:
+    """Apply and train the adapter ``name`` alone. Raises ValueError if there is none."""
+    stack(model, name)
+
+
+def stack(model: nn.Module, *names: str) -> None:
+    """Apply and train the adapters ``names``, each on the output of the one before it.
+
+    Raises:
+        ValueError: there is no such adapter, or one is named twice.
+    """
+    for name in names:
+        _config(model, name)
+    if len(set(names)) != len(names):
+        raise ValueError(f"names: expected each adapter once, got {', '.join(names)}")
+    for bank in _banks(model).values():
+        bank.active = tuple(name for name in names if name in bank)
+        for key, adapter in bank.items():
+            adapter.requires_grad_(key in names)
+
+
+def deactivate(model: nn.Module) -> None:
+    """Apply no adapter: the base model."""
+    stack(model)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Remove the adapter ``name``; the last one leaves the model as it was before the first.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    _config(model, name)
+    for site, bank in _banks(model).items():
+        if name in bank:
+            del bank[name]
+            bank.active = tuple(key for key in bank.active if key != name)
+        if not bank:
+            detach(model.get_submodule(site))
+    state = model.__dict__[_STATE]
+    del state["configs"][name]
+    if not state["configs"]:
+        trained = set(state["trained"])
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key in trained)
+        del model.__dict__[_STATE]
+
+
+def save(model: nn.Module, name: str, directory: str | Path) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of the adapter ``name``.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    from safetensors.torch import save_file
+
+    config = {"name": name, **_config(model, name)}
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {key: p.detach().contiguous() for key, p in _parameters(model, name).items()}
+    save_file(tensors, path / _WEIGHTS, metadata={"format": "pt"})
+    (path / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load(model: nn.Module, directory: str | Path, name: str | None = None) -> str:
+    """Add what :func:`save` wrote, under its own name or ``name``, and activate it.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the weights do not fit the model, or :func:`add` refuses. The model is left as
+            it was.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(directory)
+    config = json.loads((path / _CONFIG).read_text())
+    tensors = load_file(path / _WEIGHTS)
+    saved_name = config.pop("name")
+    name = saved_name if name is None else name
+    grads = {key: p.requires_grad for key, p in model.named_parameters()}
+    active = {site: bank.active for site, bank in _banks(model).items()}
+    add(model, name, **config)
+    own = _parameters(model, name)
+    shapes = {key: tuple(p.shape) for key, p in own.items()}
+    if shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
+        remove(model, name)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(grads[key])
+        for site, bank in _banks(model).items():
+            bank.active = active[site]
+        raise ValueError(f"directory: expected the adapter of such a model, got other in {path}")
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+    return name
+
+
+def _adapter(
+    layer: nn.Module, width: int, reduction_factor: float, options: dict[str, Any]
+) -> BottleneckAdapter:
+    weight: Any = layer.weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    size = max(1, int(width / reduction_factor))
+    return BottleneckAdapter(width, size, device=weight.device, dtype=dtype, **options)
+
+
+def _banks(model: nn.Module) -> dict[str, AdapterBank]:
+    """By the name of the layer that they follow."""
+    return {
+        key.removesuffix(f".{CHILD}"): module
+        for key, module in model.named_modules()
+        if isinstance(module, AdapterBank)
+    }
+
+
+def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    return {
+        f"{site}.{key}": parameter
+        for site, bank in _banks(model).items()
+        if name in bank
+        for key, parameter in bank[name].named_parameters()
+    }
+
+
+def _config(model: nn.Module, name: str) -> dict[str, Any]:
+    configs: dict[str, Any] = model.__dict__.get(_STATE, {}).get("configs", {})
+    if name not in configs:
+        raise ValueError(f"name: expected one of {', '.join(configs) or 'none'}, got {name!r}")
+    config: dict[str, Any] = configs[name]
+    return config
+
+
+def _check_free(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {type(name).__name__}")
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(AdapterBank, name):
+        raise ValueError(f"name: expected letters, digits, _ and -, no method's name, got {name!r}")
+    if name in model.__dict__.get(_STATE, {}).get("configs", {}):
+        raise ValueError(f"name: expected an unused one, got {name!r}")

@@ -1,0 +1,97 @@
+"""Where a model takes bottleneck adapters: found by the structure of its repeated blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+PLACEMENTS = ("seq_bn", "double_seq_bn")
+
+
+def find(model: nn.Module, placement: str) -> dict[str, int]:
+    """Names of the linear layers whose output an adapter follows, each with its width.
+
+    ``seq_bn``: the last linear layer of every block, its MLP's output (Pfeiffer et al., 2020);
+    ``double_seq_bn``: the last one of every attention too (Houlsby et al., 2019).
+
+    Raises:
+        ValueError: there is no such placement, or the structure is not recognised.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}")
+    sites: dict[str, int] = {}
+    for name, block in _blocks(model):
+        sites.update(_sites_of(name, block, placement))
+    if not sites:
+        raise ValueError(
+            "model: expected a ModuleList of layers of one class, each with an attention and an "
+            f"MLP of linear layers, got none in {type(model).__name__}"
+        )
+    return sites
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found: list[tuple[str, nn.Module]] = []
+    for name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or len({type(block) for block in stack}) != 1:
+            continue
+        if any(name.startswith(outer + ".") for outer, _ in found):
+            continue  # inside a block
+        members = [(f"{name}.{i}", block) for i, block in enumerate(stack)]
+        if all(_attentions(block) and _linears(block) for _, block in members):
+            found += members
+    return found
+
+
+def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, int]:
+    attentions, linears = _attentions(block), _linears(block)
+    last = next(reversed(linears))
+    inside = tuple(f"{prefix}." for prefix in attentions)
+    width = linears[last]
+    if last.startswith(inside):  # experts hold their weights in no linear layer
+        raise ValueError(f"model: expected an MLP of linear layers after the attention of {name}")
+    if any(isinstance(module, nn.ModuleList) and _is_experts(module) for module in block.modules()):
+        raise ValueError(f"model: expected one MLP in {name}, got experts")
+    chosen = []
+    if placement == "double_seq_bn":
+        for prefix, attention in attentions.items():
+            # A fused projection of queries, keys and values may be defined last; it is wider.
+            own = [key for key, size in _linears(attention).items() if size == width]
+            if not own:
+                raise ValueError(f"model: expected an output of width {width} in {name}.{prefix}")
+            chosen.append(f"{prefix}.{own[-1]}")
+    chosen.append(last)
+    return {f"{name}.{key}": width for key in chosen}
+
+
+def _is_experts(modules: nn.ModuleList) -> bool:
+    same = len(modules) > 1 and len({type(module) for module in modules}) == 1
+    return same and not any(_attentions(module) for module in modules)
+
+
+def _attentions(block: nn.Module) -> dict[str, nn.Module]:
+    """The outermost modules of ``block`` whose class says that they attend and that project."""
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules():
+        nested = any(name.startswith(outer + ".") for outer in found)
+        if name and not nested and "Attention" in type(module).__name__ and _linears(module):
+            found[name] = module
+    return found
+
+
+def _linears(block: nn.Module) -> dict[str, int]:
+    """Linear layers of ``block`` by name in order of definition, with their output widths."""
+    return {
+        name: width
+        for name, module in block.named_modules()
+        if (width := _width(module)) is not None
+    }
+
+
+def _width(module: Any) -> int | None:
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(module.nf)
+    return None

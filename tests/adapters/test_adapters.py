@@ -1,0 +1,183 @@
+"""Bottleneck adapters on whole models: families, training, saving, removal, errors."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasttune
+from fasttune import adapters
+from fasttune.testing.families import FAMILIES, Family
+
+EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
+BY_NAME = {family.name: family for family in FAMILIES}
+SOME = [BY_NAME[name] for name in ("llama", "gpt2", "gpt_neox", "bert", "distilbert", "t5", "vit")]
+
+
+def loss_of(model: nn.Module, family: Family) -> Tensor:
+    loss: Tensor = model(**family.batch()).loss
+    return loss
+
+
+def perturb(model: nn.Module) -> None:
+    """Noise, not a constant: a norm takes a constant out of its input."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_fresh_is_identity_trains_and_removes_exactly(family: Family, placement: str) -> None:
+    model = family.build().eval()
+    if family.name in EXPERTS:
+        with pytest.raises(ValueError, match="model: expected"):
+            adapters.add(model, "s", placement)
+        assert "_fasttune_bottlenecks" not in model.__dict__
+        return
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = loss_of(model, family)
+    adapters.add(model, "s", placement, reduction_factor=4)
+    # Vendor products may round otherwise where a tensor lies at another address.
+    torch.testing.assert_close(loss_of(model, family), plain, rtol=1e-6, atol=0)
+    perturb(model)
+    loss = loss_of(model, family)
+    assert abs(loss - plain) > 1e-5 * plain
+    loss.backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (".adapters.s." in key), key
+    adapters.remove(model, "s")
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert trained == {key for key, p in model.named_parameters() if p.requires_grad}
+    assert not any(module._forward_hooks for module in model.modules())
+    torch.testing.assert_close(loss_of(model, family), plain, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
+def test_copies_and_checkpointing_give_the_same_numbers(family: Family) -> None:
+    model = family.build().eval()
+    adapters.add(model, "s", "double_seq_bn", reduction_factor=4)
+    perturb(model)
+    expected = loss_of(model, family)
+    assert torch.equal(loss_of(copy.deepcopy(model), family), expected)
+    assert torch.equal(loss_of(pickle.loads(pickle.dumps(model)), family), expected)
+    expected.backward()
+    grads = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss_of(model.train(), family).backward()
+    for key, grad in grads.items():
+        torch.testing.assert_close(model.get_parameter(key).grad, grad)
+
+
+def test_activate_stack_and_deactivate_choose_what_is_applied() -> None:
+    family = BY_NAME["llama"]
+    model = family.build().eval()
+    plain = loss_of(model, family)
+    losses = {}
+    for name in ("a", "b"):
+        adapters.add(model, name, reduction_factor=4)
+        perturb(model)
+        losses[name] = loss_of(model, family)
+    adapters.activate(model, "a")
+    assert torch.equal(loss_of(model, family), losses["a"])
+    adapters.stack(model, "a", "b")
+    both = loss_of(model, family)
+    assert not any(torch.equal(both, other) for other in (plain, *losses.values()))
+    adapters.deactivate(model)
+    assert torch.equal(loss_of(model, family), plain)
+    adapters.remove(model, "a")
+    adapters.activate(model, "b")
+    assert torch.equal(loss_of(model, family), losses["b"])
+
+
+_FRESH = """
+import sys, torch
+from fasttune import adapters
+from fasttune.testing.families import FAMILIES
+family = next(f for f in FAMILIES if f.name == "llama")
+model = family.build().eval()
+adapters.load(model, sys.argv[1])
+torch.save(model(**family.batch()).logits, sys.argv[2])
+"""
+
+
+def test_a_fresh_process_loads_equal_logits(tmp_path: Path) -> None:
+    family = BY_NAME["llama"]
+    model = family.build().eval()
+    adapters.add(model, "s", reduction_factor=4)
+    perturb(model)
+    expected = model(**family.batch()).logits
+    adapters.save(model, "s", tmp_path / "out")
+    logits = tmp_path / "logits.pt"
+    command = [sys.executable, "-c", _FRESH, str(tmp_path / "out"), str(logits)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert torch.equal(torch.load(logits), expected)
+
+
+def test_a_wrong_checkpoint_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = BY_NAME["llama"].build()
+    adapters.add(model, "s", reduction_factor=4)
+    adapters.save(model, "s", tmp_path)
+    other = BY_NAME["gpt2"].build()
+    keys = list(other.state_dict())
+    with pytest.raises(ValueError, match="directory: expected"):
+        adapters.load(other, tmp_path)
+    assert list(other.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.b", {}, "name: expected letters"),
+        ("keys", {}, "name: expected letters"),
+        ("s", {"placement": "par_bn"}, "placement: expected one of"),
+        ("s", {"reduction_factor": 0}, "reduction_factor: expected"),
+        ("s", {"activation": "softplus"}, "activation: expected one of"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(name: str, options: dict, message: str) -> None:
+    model = BY_NAME["llama"].build()
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        adapters.add(model, name, **options)
+    assert list(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_generate_uses_the_adapter() -> None:
+    model = BY_NAME["llama"].build().eval()
+    ids = torch.arange(3, 9).unsqueeze(0)
+    adapters.add(model, "s", reduction_factor=4)
+    perturb(model)
+    cached = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    logits = model(cached[:, :-1]).logits[:, ids.shape[1] - 1 :]
+    assert torch.equal(logits.argmax(-1), cached[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("first", ["patch", "add"])
+@pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
+def test_a_patched_model_applies_the_adapters(family: Family, first: str) -> None:
+    stock, model = family.build().eval(), family.build().eval()
+    adapters.add(stock, "s", "double_seq_bn", reduction_factor=4)
+    if first == "patch":
+        fasttune.patch(model)
+    adapters.add(model, "s", "double_seq_bn", reduction_factor=4)
+    model.load_state_dict(stock.state_dict())
+    for changed in (stock, model):
+        perturb(changed)
+    if first == "add":
+        fasttune.patch(model)
+    torch.testing.assert_close(loss_of(model, family), loss_of(stock, family), rtol=1e-5, atol=0)
