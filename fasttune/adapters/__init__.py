@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,20 @@ from fasttune.adapters import _sites
 from fasttune.adapters._bank import CHILD, AdapterBank, attach, detach
 from fasttune.nn import BottleneckAdapter
 
-_STATE = "_fasttune_bottlenecks"  # on the model: {"configs": by name, "trained": base parameters}
+_STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
+_HEAD = "trained:"  # before the names of parameters outside the adapter
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-__all__ = ["activate", "add", "deactivate", "load", "remove", "save", "stack"]
+__all__ = [
+    "activate",
+    "add",
+    "deactivate",
+    "load",
+    "print_trainable_parameters",
+    "remove",
+    "save",
+    "stack",
+]
 
 
 def add(
@@ -34,10 +45,11 @@ def add(
     activation: str = "relu",
     scaling: float | str = 1.0,
     dropout: float = 0.0,
+    train_also: Sequence[str] = (),
 ) -> None:
     """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
 
-    A fresh adapter is the identity. Heads are frozen too; unfreeze one to train it.
+    A fresh adapter is the identity. A head is frozen too unless it is in ``train_also``.
 
     Args:
         model: a transformer whose blocks are in a ModuleList; changed in place.
@@ -45,6 +57,8 @@ def add(
         placement: "seq_bn" or "double_seq_bn".
         reduction_factor: the output width of the layer over the bottleneck size, above 0.
         activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`.
+        train_also: names or name endings of modules, a classifier for one, that stay trainable and
+            are saved with the adapter, as PEFT's ``modules_to_save``; all adapters share them.
 
     Raises:
         TypeError: ``name`` is no string, or ``model`` no module.
@@ -56,6 +70,7 @@ def add(
     _check_free(model, name)
     if not reduction_factor > 0:
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
+    heads = _heads(model, train_also)
     sites = _sites.find(model, placement)
     options = {"activation": activation, "scaling": scaling, "dropout": dropout}
     made = {
@@ -73,6 +88,7 @@ def add(
         "placement": placement,
         "reduction_factor": reduction_factor,
         **options,
+        "train_also": heads,
     }
     activate(model, name)
 
@@ -96,6 +112,18 @@ def stack(model: nn.Module, *names: str) -> None:
         bank.active = tuple(name for name in names if name in bank)
         for key, adapter in bank.items():
             adapter.requires_grad_(key in names)
+    configs = model.__dict__.get(_STATE, {}).get("configs", {})
+    for module in {head for config in configs.values() for head in config["train_also"]}:
+        wanted = any(module in configs[name]["train_also"] for name in names)
+        model.get_submodule(module).requires_grad_(wanted)
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many parameters are trained, in the words of PEFT."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trained / max(total, 1)
+    print(f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}")
 
 
 def deactivate(model: nn.Module) -> None:
@@ -196,12 +224,32 @@ def _banks(model: nn.Module) -> dict[str, AdapterBank]:
 
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    return {
+    """What is saved of an adapter: its own parameters by site, and those that are trained too."""
+    heads = {
+        f"{_HEAD}{module}.{key}": parameter
+        for module in _config(model, name)["train_also"]
+        for key, parameter in model.get_submodule(module).named_parameters()
+    }
+    return heads | {
         f"{site}.{key}": parameter
         for site, bank in _banks(model).items()
         if name in bank
         for key, parameter in bank[name].named_parameters()
     }
+
+
+def _heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """The qualified names of the modules that ``train_also`` means."""
+    if isinstance(wanted, str):
+        wanted = [wanted]
+    names = [key for key, _ in model.named_modules() if key]
+    found = []
+    for name in wanted:
+        matches = [key for key in names if key == name or key.endswith(f".{name}")]
+        if not matches:
+            raise ValueError(f"train_also: expected names of modules, got {name!r}")
+        found += matches
+    return sorted(set(found))
 
 
 def _config(model: nn.Module, name: str) -> dict[str, Any]:

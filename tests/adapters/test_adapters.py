@@ -181,3 +181,57 @@ def test_a_patched_model_applies_the_adapters(family: Family, first: str) -> Non
     if first == "add":
         fasttune.patch(model)
     torch.testing.assert_close(loss_of(model, family), loss_of(stock, family), rtol=1e-5, atol=0)
+
+
+_CLASSIFY = """
+import sys, torch
+from fasttune import adapters
+from story import classifier, texts
+model = classifier()
+adapters.load(model, sys.argv[1])
+torch.save(model.eval()(**texts(8)[0]).logits, sys.argv[2])
+"""
+
+
+def test_a_trainer_trains_saves_and_a_fresh_process_has_equal_logits(tmp_path: Path) -> None:
+    from story import Texts, classifier, texts
+    from transformers import Trainer, TrainingArguments
+
+    model = classifier()
+    adapters.add(model, "s", "seq_bn", reduction_factor=16, train_also=["classifier"])
+    args = TrainingArguments(
+        str(tmp_path / "run"), max_steps=30, per_device_train_batch_size=8, learning_rate=5e-3,
+        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, logging_steps=30, seed=1,
+    )  # fmt: skip
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    Trainer(model, args, train_dataset=Texts()).train()
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
+    batch, labels = texts(256)
+    accuracy = (model.eval()(**batch).logits.argmax(-1) == labels).float().mean()
+    assert accuracy > 0.9
+    adapters.save(model, "s", tmp_path / "out")
+    expected, logits = model(**texts(8)[0]).logits, tmp_path / "logits.pt"
+    folders = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", _CLASSIFY, str(tmp_path / "out"), str(logits)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": folders})
+    assert torch.equal(torch.load(logits), expected)
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert written < 0.05 * whole
+
+
+def test_heads_follow_their_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    from story import classifier
+
+    model = classifier()
+    adapters.add(model, "a", train_also="classifier")
+    adapters.add(model, "b")
+    assert not model.classifier.weight.requires_grad
+    adapters.activate(model, "a")
+    assert model.classifier.weight.requires_grad
+    adapters.print_trainable_parameters(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"trainable params: {trained:,} || all params: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="train_also: expected names of modules, got 'score'"):
+        adapters.add(model, "c", train_also=["score"])
+    assert not any(".adapters.c." in name for name, _ in model.named_parameters())
