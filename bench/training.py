@@ -38,13 +38,6 @@ class Scenario:
         """The dtype of the matrix products of the base model."""
         return torch.bfloat16 if self.autocast else self.dtype
 
-    @property
-    def strict(self) -> bool:
-        """Whether everything is fused: under autocast the rotary embedding is not (q and k in bf16,
-        angles in fp32).
-        """
-        return not self.autocast
-
 
 def lora_model(scenario: Scenario, device: str) -> nn.Module:
     """Random weights, the same for the same scenario; B of the adapters is not zero."""
@@ -141,6 +134,4 @@ def make_step(scenario: Scenario, model: nn.Module, device: str) -> Callable[[],
 def build_step(scenario: Scenario, device: str, patched: bool) -> Callable[[], Tensor]:
     """One variant alone, for a process of its own."""
     model = lora_model(scenario, device)
-    return make_step(
-        scenario, fasttune.patch(model, strict=scenario.strict) if patched else model, device
-    )
+    return make_step(scenario, fasttune.patch(model, strict=True) if patched else model, device)

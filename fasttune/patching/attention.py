@@ -142,6 +142,8 @@ class _Rotary:
             return self.original(*args, **kwargs)
         q, k, cos, sin = args
         rotation = self.rotation
+        if (q.dtype, cos.dtype) in rotation.widened:
+            q, k = q.to(cos.dtype), k.to(cos.dtype)
         q2, k2 = apply_rope(
             q, k, rotation.angles(cos), rotation.angles(sin), interleaved=rotation.interleaved
         )
@@ -171,7 +173,8 @@ def _why_rotary_original(
         return Reason("a partial rotary embedding")
     if cos.requires_grad or sin.requires_grad:
         return Reason("the angles of the rotary embedding are trained")
-    if k.dtype != q.dtype or (q.dtype, cos.dtype) not in rotation.proven or cos.dtype != sin.dtype:
+    known = (q.dtype, cos.dtype) in rotation.proven | rotation.widened
+    if k.dtype != q.dtype or not known or cos.dtype != sin.dtype:
         return Reason(f"rotary embedding of {q.dtype} by {cos.dtype} is not proven")
     if rope_too_small(q, k):
         return _TOO_SMALL

@@ -28,12 +28,15 @@ class Rotation:
             wide, but only the first half is read and repeated pairwise; "narrow": each angle once.
         partial: features beyond the width of cos are passed through.
         proven: (dtype of q and k, dtype of cos and sin) whose result has the dtype of q.
+        widened: likewise, whose result is that of q and k in the wider dtype of cos and sin: under
+            autocast, projections are 16 bits and angles fp32.
     """
 
     interleaved: bool
     tables: str
     partial: bool
     proven: frozenset[tuple[torch.dtype, torch.dtype]]
+    widened: frozenset[tuple[torch.dtype, torch.dtype]] = frozenset()
 
     def angles(self, table: Tensor) -> Tensor:
         """cos or sin as :func:`fasttune.ops.rope` takes them."""
@@ -68,20 +71,29 @@ def prove(function: Any) -> Rotation | None:
             tables,
             tables != "narrow"
             and _agrees(function, rotation, _FEATURES // 2, torch.float32, torch.float32),
-            frozenset(_proven(function, rotation)),
+            frozenset(_proven(function, rotation, widen=False)),
+            frozenset(_proven(function, rotation, widen=True)),
         )
     return None
 
 
-def _proven(function: Any, rotation: Rotation) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+def _proven(
+    function: Any, rotation: Rotation, *, widen: bool
+) -> Iterator[tuple[torch.dtype, torch.dtype]]:
     for x in guard.FLOATS:
         for table in guard.FLOATS:
-            if _agrees(function, rotation, _FEATURES, x, table):
+            wider = x != table == torch.float32
+            if (wider or not widen) and _agrees(function, rotation, _FEATURES, x, table, widen):
                 yield x, table
 
 
 def _agrees(
-    function: Any, rotation: Rotation, turned: int, x: torch.dtype, table: torch.dtype
+    function: Any,
+    rotation: Rotation,
+    turned: int,
+    x: torch.dtype,
+    table: torch.dtype,
+    widen: bool = False,
 ) -> bool:
     random = probe.generator()
 
@@ -100,13 +112,15 @@ def _agrees(
             theirs = function(q.clone(), k.clone(), cos, sin)
         except probe.ANY_ERROR:
             return False
+        if widen:
+            q, k = q.to(table), k.to(table)
         with _registry.use_backend("reference"):
             ours = rope(
                 q, k, rotation.angles(cos), rotation.angles(sin), interleaved=rotation.interleaved
             )
     if not isinstance(theirs, tuple) or len(theirs) != 2:
         return False
-    exact = x == table == torch.float32
+    exact = q.dtype == table == torch.float32
     return all(_same(a, b, exact) for a, b in zip(ours, theirs, strict=True) if a is not None)
 
 

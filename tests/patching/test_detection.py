@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from tiny_models import tiny_llama, with_lora
+from tiny_models import gradients, loss_of, tiny_llama, with_lora
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -307,3 +307,22 @@ def test_hooks_on_norms_and_mlps_still_run(make_lora_model, batch) -> None:
     model(**batch).loss.backward()
     assert len(seen) == 4
     assert fasttune.report(model)["mlp"].fused == 2
+
+
+def test_under_autocast_everything_is_fused_and_nearer_to_fp32() -> None:
+    """q and k are bf16 there and the angles fp32: transformers' rotation is then in fp32."""
+    stock, ours, exact = (with_lora(tiny_llama()).train() for _ in range(3))
+    fasttune.patch(ours, strict=True)  # a fallback would raise
+    for model in (stock, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, 1)
+        loss.backward()
+    loss_of(exact, 1).backward()
+    truth = gradients(exact)
+
+    def distance(model: nn.Module) -> float:
+        found = gradients(model)
+        return sum(float((found[name] - value).norm() ** 2) for name, value in truth.items()) ** 0.5
+
+    assert distance(ours) <= 1.2 * distance(stock)
+    assert fasttune.report(ours)["attention"].fused == 2
