@@ -2,7 +2,8 @@
 
 Adapters follow the linear layers that end the MLP (``seq_bn``; Pfeiffer et al., 2020) and, with
 ``double_seq_bn``, the attention (Houlsby et al., 2019) of every block: before the dropout, the
-residual and the norm that come after. The blocks are found by structure.
+residual and the norm that come after; ``par_bn`` runs beside the MLP (He et al., 2022). The blocks
+are found by structure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import torch
 from torch import nn
 
 from fasttune.adapters import _sites
-from fasttune.adapters._bank import CHILD, AdapterBank, attach, detach
+from fasttune.adapters._bank import (
+    CHILD,
+    AdapterBank,
+    attach,
+    detach,
+    end_parallel,
+    make_parallel,
+)
 from fasttune.nn import BottleneckAdapter
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
@@ -54,7 +62,7 @@ def add(
     Args:
         model: a transformer whose blocks are in a ModuleList; changed in place.
         name: letters, digits, ``_`` and ``-``.
-        placement: "seq_bn" or "double_seq_bn".
+        placement: "seq_bn", "double_seq_bn" or "par_bn", which takes the input of the MLP.
         reduction_factor: the output width of the layer over the bottleneck size, above 0.
         activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`.
         train_also: names or name endings of modules, a classifier for one, that stay trainable and
@@ -74,16 +82,20 @@ def add(
     sites = _sites.find(model, placement)
     options = {"activation": activation, "scaling": scaling, "dropout": dropout}
     made = {
-        site: _adapter(model.get_submodule(site), width, reduction_factor, options)
-        for site, width in sites.items()
+        name_of_layer: _adapter(model.get_submodule(name_of_layer), site, reduction_factor, options)
+        for name_of_layer, site in sites.items()
     }
     state = model.__dict__.setdefault(_STATE, {"configs": {}, "trained": None})
     if state["trained"] is None:
         state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for site, adapter in made.items():
-        attach(model.get_submodule(site))[name] = adapter.train(model.training)
+    for layer, adapter in made.items():
+        bank = attach(model.get_submodule(layer))
+        bank[name] = adapter.train(model.training)
+        source = sites[layer].source
+        if source is not None:
+            make_parallel(bank, name, model.get_submodule(source))
     state["configs"][name] = {
         "placement": placement,
         "reduction_factor": reduction_factor,
@@ -141,6 +153,7 @@ def remove(model: nn.Module, name: str) -> None:
     for site, bank in _banks(model).items():
         if name in bank:
             del bank[name]
+            end_parallel(bank, name, model)
             bank.active = tuple(key for key in bank.active if key != name)
         if not bank:
             detach(model.get_submodule(site))
@@ -206,12 +219,12 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
 
 
 def _adapter(
-    layer: nn.Module, width: int, reduction_factor: float, options: dict[str, Any]
+    layer: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
 ) -> BottleneckAdapter:
     weight: Any = layer.weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    size = max(1, int(width / reduction_factor))
-    return BottleneckAdapter(width, size, device=weight.device, dtype=dtype, **options)
+    size = max(1, int(site.width / reduction_factor))
+    return BottleneckAdapter(site.width, size, device=weight.device, dtype=dtype, **options)
 
 
 def _banks(model: nn.Module) -> dict[str, AdapterBank]:

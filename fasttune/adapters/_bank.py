@@ -1,22 +1,43 @@
 """The adapters behind one linear layer, applied to its output by a forward hook.
 
-The hook is a function of this module and finds the adapters as a child of the layer: deepcopy,
-pickle and checkpointing keep both, and the state_dict names them ``<layer>.adapters.<name>``.
+The hooks are functions of this module and find what they need on the layer: deepcopy, pickle and
+checkpointing keep all of it, and the state_dict names the adapters ``<layer>.adapters.<name>``.
+
+A parallel adapter takes the input of another layer, the first of the MLP whose last one this is. A
+hook before that layer keeps its input for this thread under a slot that both layers know.
 """
 
 from __future__ import annotations
 
+import threading
+import uuid
 from typing import Any
 
 from torch import Tensor, nn
 
 CHILD = "adapters"
+_SLOT = "_fasttune_slot"  # on the layer whose input a parallel adapter takes
+
+
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+
+
+_held = _Held()
 
 
 class AdapterBank(nn.ModuleDict):
-    """Bottleneck adapters by name; those in ``active`` are applied in that order."""
+    """Bottleneck adapters by name; those in ``active`` are applied in that order.
+
+    Attributes:
+        active: names, in order.
+        parallel: those that take the input kept under ``slot``.
+    """
 
     active: tuple[str, ...] = ()
+    parallel: tuple[str, ...] = ()
+    slot: str = ""
 
 
 def attach(layer: nn.Module) -> AdapterBank:
@@ -37,8 +58,36 @@ def detach(layer: nn.Module) -> None:
         del layer._forward_hooks[key]
 
 
+def make_parallel(bank: AdapterBank, name: str, source: nn.Module) -> None:
+    """Let the adapter ``name`` of a bank take the input of ``source``."""
+    bank.parallel = (*bank.parallel, name)
+    if not bank.slot:
+        bank.slot = uuid.uuid4().hex
+        source.__dict__[_SLOT] = bank.slot
+        source.register_forward_pre_hook(_hold)
+
+
+def end_parallel(bank: AdapterBank, name: str, model: nn.Module) -> None:
+    """Undo :func:`make_parallel`."""
+    bank.parallel = tuple(other for other in bank.parallel if other != name)
+    if bank.parallel or not bank.slot:
+        return
+    for source in model.modules():
+        if source.__dict__.get(_SLOT) == bank.slot:
+            del source.__dict__[_SLOT]
+            hooks = source._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _hold]:
+                del hooks[key]
+    bank.slot = ""
+
+
+def _hold(layer: nn.Module, args: Any) -> None:
+    _held.inputs[layer.__dict__[_SLOT]] = args[0]
+
+
 def _apply(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
-    bank = getattr(layer, CHILD)
+    bank: AdapterBank = getattr(layer, CHILD)
+    held = _held.inputs.pop(bank.slot, None)
     for name in bank.active:
-        output = bank[name](output)
+        output = bank[name](held, output) if name in bank.parallel else bank[name](output)
     return output

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-PLACEMENTS = ("seq_bn", "double_seq_bn")
+PLACEMENTS = ("seq_bn", "double_seq_bn", "par_bn")
 
 
-def find(model: nn.Module, placement: str) -> dict[str, int]:
-    """Names of the linear layers whose output an adapter follows, each with its width.
+@dataclass(frozen=True)
+class Site:
+    """A linear layer whose output an adapter is added to.
+
+    Attributes:
+        width: of the output.
+        source: the layer whose input the adapter takes; None: the output of this one.
+    """
+
+    width: int
+    source: str | None = None
+
+
+def find(model: nn.Module, placement: str) -> dict[str, Site]:
+    """By name, the linear layers whose output an adapter is added to.
 
     ``seq_bn``: the last linear layer of every block, its MLP's output (Pfeiffer et al., 2020);
-    ``double_seq_bn``: the last one of every attention too (Houlsby et al., 2019).
+    ``double_seq_bn``: the last one of every attention too (Houlsby et al., 2019); ``par_bn``: the
+    last one of every block, with the input of the first one of its MLP (He et al., 2022).
 
     Raises:
         ValueError: there is no such placement, or the structure is not recognised.
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}")
-    sites: dict[str, int] = {}
+    sites: dict[str, Site] = {}
     for name, block in _blocks(model):
         sites.update(_sites_of(name, block, placement))
     if not sites:
@@ -44,7 +59,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, int]:
+def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, Site]:
     attentions, linears = _attentions(block), _linears(block)
     last = next(reversed(linears))
     inside = tuple(f"{prefix}." for prefix in attentions)
@@ -53,6 +68,12 @@ def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, int]:
         raise ValueError(f"model: expected an MLP of linear layers after the attention of {name}")
     if any(isinstance(module, nn.ModuleList) and _is_experts(module) for module in block.modules()):
         raise ValueError(f"model: expected one MLP in {name}, got experts")
+    if placement == "par_bn":
+        first = next(key for key in linears if not key.startswith(inside))
+        layer: Any = block.get_submodule(first)
+        if layer.weight.shape[int(isinstance(layer, nn.Linear))] != width:
+            raise ValueError(f"model: expected an MLP as wide as its input in {name}")
+        return {f"{name}.{last}": Site(width, f"{name}.{first}")}
     chosen = []
     if placement == "double_seq_bn":
         for prefix, attention in attentions.items():
@@ -62,7 +83,7 @@ def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, int]:
                 raise ValueError(f"model: expected an output of width {width} in {name}.{prefix}")
             chosen.append(f"{prefix}.{own[-1]}")
     chosen.append(last)
-    return {f"{name}.{key}": width for key in chosen}
+    return {f"{name}.{key}": Site(width) for key in chosen}
 
 
 def _is_experts(modules: nn.ModuleList) -> bool:

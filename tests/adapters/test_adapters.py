@@ -34,7 +34,7 @@ def perturb(model: nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn"])
+@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn", "par_bn"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_fresh_is_identity_trains_and_removes_exactly(family: Family, placement: str) -> None:
     model = family.build().eval()
@@ -60,14 +60,30 @@ def test_fresh_is_identity_trains_and_removes_exactly(family: Family, placement:
     assert list(after) == list(before)
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert trained == {key for key, p in model.named_parameters() if p.requires_grad}
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     torch.testing.assert_close(loss_of(model, family), plain, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
-def test_copies_and_checkpointing_give_the_same_numbers(family: Family) -> None:
+def test_a_parallel_adapter_takes_the_input_of_the_mlp() -> None:
+    family = BY_NAME["llama"]
     model = family.build().eval()
-    adapters.add(model, "s", "double_seq_bn", reduction_factor=4)
+    adapters.add(model, "s", "par_bn", reduction_factor=4)
+    perturb(model)
+    mlp, seen = model.model.layers[1].mlp, {}
+    mlp.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    loss_of(model, family)
+    adapter = mlp.down_proj.adapters["s"]
+    inner = mlp.act_fn(mlp.gate_proj(seen["x"])) * mlp.up_proj(seen["x"])
+    plain = nn.functional.linear(inner, mlp.down_proj.weight)
+    expected = plain + adapter.up(adapter.down(seen["x"]).relu())
+    torch.testing.assert_close(seen["y"], expected)
+
+
+@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn"])
+@pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
+def test_copies_and_checkpointing_give_the_same_numbers(family: Family, placement: str) -> None:
+    model = family.build().eval()
+    adapters.add(model, "s", placement, reduction_factor=4)
     perturb(model)
     expected = loss_of(model, family)
     assert torch.equal(loss_of(copy.deepcopy(model), family), expected)
@@ -143,7 +159,7 @@ def test_a_wrong_checkpoint_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     [
         ("a.b", {}, "name: expected letters"),
         ("keys", {}, "name: expected letters"),
-        ("s", {"placement": "par_bn"}, "placement: expected one of"),
+        ("s", {"placement": "lora"}, "placement: expected one of"),
         ("s", {"reduction_factor": 0}, "reduction_factor: expected"),
         ("s", {"activation": "softplus"}, "activation: expected one of"),
     ],
@@ -167,14 +183,15 @@ def test_generate_uses_the_adapter() -> None:
     assert torch.equal(logits.argmax(-1), cached[:, ids.shape[1] :])
 
 
+@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn"])
 @pytest.mark.parametrize("first", ["patch", "add"])
 @pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
-def test_a_patched_model_applies_the_adapters(family: Family, first: str) -> None:
+def test_a_patched_model_applies_the_adapters(family: Family, first: str, placement: str) -> None:
     stock, model = family.build().eval(), family.build().eval()
-    adapters.add(stock, "s", "double_seq_bn", reduction_factor=4)
+    adapters.add(stock, "s", placement, reduction_factor=4)
     if first == "patch":
         fasttune.patch(model)
-    adapters.add(model, "s", "double_seq_bn", reduction_factor=4)
+    adapters.add(model, "s", placement, reduction_factor=4)
     model.load_state_dict(stock.state_dict())
     for changed in (stock, model):
         perturb(changed)
