@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fasttune._registry import BackendError, use_backend
@@ -19,6 +20,7 @@ from fasttune.patching import (
 )
 
 if TYPE_CHECKING:
+    from fasttune import adapters, nn, ops, optim
     from fasttune.integrations.callback import FasttuneCallback
 
 __version__ = "0.1.0"
@@ -28,10 +30,14 @@ __all__ = [
     "FasttuneCallback",
     "PatchError",
     "VerificationError",
+    "adapters",
     "compare",
     "explain",
     "is_patched",
     "mixed_adapters",
+    "nn",
+    "ops",
+    "optim",
     "patch",
     "report",
     "tune_allocator",
@@ -41,7 +47,12 @@ __all__ = [
 ]
 
 
+_PACKAGES = ("adapters", "nn", "ops", "optim")  # imported when they are first named
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"fasttune.{name}")
     if name == "FasttuneCallback":  # importing it imports transformers
         from fasttune.integrations.callback import FasttuneCallback
 

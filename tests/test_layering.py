@@ -97,6 +97,18 @@ def test_no_package_shadows_hugging_face_kernels() -> None:
         assert not (ROOT / folder / "__init__.py").exists()
 
 
+def test_packages_are_there_once_fasttune_is_imported() -> None:
+    code = (
+        "import fasttune; "
+        "print(fasttune.optim.AdamW.__name__, fasttune.adapters.add.__name__, "
+        "fasttune.nn.RMSNorm.__name__, fasttune.ops.rope.__name__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["AdamW", "add", "RMSNorm", "rope"]
+
+
 def test_importing_fasttune_imports_neither_transformers_nor_triton() -> None:
     code = (
         "import sys, fasttune; "
