@@ -121,11 +121,9 @@ class Plan:
         self.present = [grad is not None for grad in grads]
         self.flags = _flags(groups)
         chosen = [i for i, grad in enumerate(grads) if grad is not None and params[i].numel()]
+        self.sizes = list(map(Tensor.numel, self.params))
         for i in chosen:
-            own = state[params[i]]
-            if "exp_avg" not in own:
-                own["step"] = torch.zeros((), dtype=torch.float32)
-                own.update(options.new_state(params[i], groups[group_of[i]]))
+            _complete(state[params[i]], params[i], groups[group_of[i]])
         _share_steps([state[params[i]] for i in chosen])
         found: dict[Format, list[int]] = {}
         for i in chosen:
@@ -163,6 +161,8 @@ class Plan:
             return False
         if [grad is not None for grad in grads] != self.present:
             return False
+        if list(map(Tensor.numel, params)) != self.sizes:  # .data was replaced
+            return False
         if not _same(list(state.values()), self._entries):
             return False
         for bucket, own in zip(self.buckets, self._own, strict=True):
@@ -172,6 +172,26 @@ class Plan:
                 if not _same([entry.get(name) for entry in own], tensors):
                     return False
         return True
+
+
+def _complete(own: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Give a parameter the state that it lacks, and refuse what does not fit: a kernel would read
+    beyond it.
+    """
+    if "step" not in own:
+        own["step"] = torch.zeros((), dtype=torch.float32)
+    fresh = options.new_state(param, group, without=own)
+    for name, (dtype, shape) in options.expected_state(param, group).items():
+        tensor = own.get(name, fresh.get(name))
+        if not isinstance(tensor, Tensor) or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            found = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(
+                f"state: expected {name} in {dtype} {list(shape)} for a parameter in {param.dtype} "
+                f"{list(param.shape)}, got {found}; was the parameter or a group's option changed?"
+            )
+    own.update(fresh)
 
 
 def _same(these: Sequence[Any], those: Sequence[Any]) -> bool:

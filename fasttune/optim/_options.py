@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -111,11 +111,15 @@ def expected_state(
     return expected
 
 
-def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Zeros for a parameter that makes its first step."""
+def new_state(
+    param: Tensor, group: dict[str, Any], *, without: Container[str] = ()
+) -> dict[str, Tensor]:
+    """Zeros for a parameter that makes its first step, but for what it has already."""
     make: Callable[..., Tensor] = torch.zeros_like
     state = {}
     for name, (dtype, shape) in expected_state(param, group).items():
+        if name in without:
+            continue
         if name == "moment_scales":
             state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
         else:

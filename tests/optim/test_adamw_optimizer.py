@@ -287,6 +287,34 @@ def test_replaced_state_is_seen() -> None:
     assert same(tensors(model, optimizer), tensors(other, plain))
 
 
+def test_state_that_no_longer_fits_is_refused() -> None:
+    """A kernel would read beyond it."""
+    model = network()
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    before = [param.clone() for param in model.parameters()]
+    optimizer.param_groups[0]["moments"] = "bf16"
+    gradients(model, 2)
+    with pytest.raises(ValueError, match=r"state: expected exp_avg in torch.bfloat16 \[40, 24\]"):
+        optimizer.step()
+    optimizer.param_groups[0]["moments"] = "fp32"
+    model[0].weight.data = torch.zeros(50, 24)
+    model[0].weight.grad = torch.zeros(50, 24)
+    with pytest.raises(ValueError, match=r"got torch.float32 \[40, 24\]; was the parameter"):
+        optimizer.step()
+    assert same(before[1:], list(model.parameters())[1:])
+
+
+def test_a_model_may_change_its_dtype_between_steps() -> None:
+    model = network()
+    optimizer = AdamW(model.parameters())
+    train(model, optimizer, range(2))
+    model.bfloat16()
+    train(model, optimizer, range(2, 4))
+    own = optimizer.state[model[0].weight]
+    assert own["exp_avg"].dtype == FP32 and own["master_low_bits"].any()
+
+
 def test_copies_and_pickles_go_on_alike() -> None:
     model = network()
     optimizer = AdamW(model.parameters())
