@@ -1,5 +1,5 @@
-"""The private names of torch that fasttune reads, in one place; tests/test_torch_private.py guards
-them."""
+"""The private names of torch that fasttune reads, in one place;
+tests/integrations/test_private_names.py guards them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """PEFT's LoRA layers as fasttune sees them. The only file that reads PEFT's attributes.
 
-Read from PEFT 0.21 (``peft/tuners/lora/layer.py``); tests/integrations/test_peft.py fails loudly
-when it moves.
+Read from PEFT 0.21 (``peft/tuners/lora/layer.py``); tests/integrations/test_private_names.py fails
+loudly when it moves.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def patch(
         include: patch only modules with these names or name endings, as PEFT's ``target_modules``;
             None means all.
         exclude: leave these modules alone.
-        kinds: subset of {"lora", "loss"}; None means all.
+        kinds: subset of {"lora", "tokens", "loss", "norm", "mlp", "activation", "attention"}; None
+            means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
         groups: compute LoRA layers that share an input (q, k and v; gate and up) by one op, once
             they were seen to share it (groups.py); False computes each alone.

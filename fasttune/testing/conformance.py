@@ -85,8 +85,15 @@ def triton_on_cpu() -> Iterator[None]:
         _triton.accepts_cpu_tensors = previous
 
 
-def run_case(case: Case, backend_name: str, device: str = "cpu") -> None:
-    """Forward and gradients against truth and torch; inputs unmutated, outputs fully written."""
+def run_case(case: Case, backend_name: str, device: str = "cpu") -> int:
+    """Forward and gradients against truth and torch; inputs unmutated, outputs fully written.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        AssertionError: one of them is wrong; names it.
+    """
     torch.manual_seed(0)
     call = case.build(device)
     before = [leaf.detach().clone() for leaf in call.leaves]
@@ -110,6 +117,7 @@ def run_case(case: Case, backend_name: str, device: str = "cpu") -> None:
         numerics.check(name, ours, theirs, exact, call.output_floor if name == "output" else 0.0)
     for i, (leaf, old) in enumerate(zip(call.leaves, before, strict=True)):
         assert torch.equal(leaf, old), f"{_name(call, i)} was changed"
+    return len(names)
 
 
 def _name(call: Call, index: int) -> str:

@@ -19,10 +19,22 @@ def test_torch() -> None:
     assert callable(torch_module._has_any_global_hook)
     assert callable(torch.cpu._is_amx_tile_supported)
     assert callable(torch._assert_async)
+    for name in ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"):
+        assert hasattr(torch.optim.AdamW([torch.zeros(1)]), name)
     seen = []
     torch.vmap(lambda x: (seen.append(_torch.in_functorch()), x)[1])(torch.ones(2))
     assert seen == [True]
     assert not _torch.in_functorch()
+
+
+def test_what_is_left_for_the_end_of_a_backward_runs_there() -> None:
+    events: list[str] = []
+    first = torch.ones(2, requires_grad=True)
+    middle = first * 2
+    middle.register_hook(lambda grad: _torch.after_backward(lambda: events.append("end")))
+    first.register_hook(lambda grad: events.append("first"))
+    middle.sum().backward()
+    assert events == ["first", "end"]
 
 
 def test_peft_lora_linear() -> None:
