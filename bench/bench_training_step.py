@@ -102,6 +102,29 @@ def test_training_step_against_its_floor(
     )
 
 
+@pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[-1]], ids=lambda s: s.name)
+def test_training_step_against_compiled_stock(
+    paired: Callable[..., None], device: str, scenario: Scenario
+):
+    """Compiling takes minutes, before the clock runs."""
+    stock = lora_model(scenario, device)
+    patched = fasttune.patch(lora_model(scenario, device), strict=True)
+    results = (
+        gradients(stock, scenario, device),
+        gradients(patched, scenario, device),
+        truth_of(stock, scenario, device),
+    )
+    stock.compile()
+    paired(
+        make_step(scenario, stock, device),
+        make_step(scenario, patched, device),
+        check=lambda: results,
+        dtype=scenario.compute_dtype,
+        baseline="torch.compile of stock",
+        **facts(scenario),
+    )
+
+
 @each_scenario
 def test_training_step_memory(compare_memory: Callable[..., None], device: str, scenario: Scenario):
     compare_memory(build_step, scenario, device, **facts(scenario))

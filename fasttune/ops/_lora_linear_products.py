@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native
-from fasttune.ops import _dropout, _gemm
+from fasttune.ops import _dropout, _gemm, _triton
 from fasttune.ops._arguments import accumulator
 
 
@@ -83,9 +83,10 @@ def total_bias(
     return total
 
 
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
+def _concatenate(parts: list[Tensor]) -> Tensor | None:
+    """The columns of all parts, None if there are none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
     return torch.cat([part.to(torch.float32) for part in parts], dim=1)
 
 
@@ -107,56 +108,101 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
         bases,
         streams,
     ) = args
-    ys, ts = [], []
-    for i, branches in enumerate(ranges(counts)):
-        own = [
-            prims.lora_down(
-                x,
-                a[j],
-                branch_scale(scalings[j], thresholds[j]),
-                scaling_tensors[j],
-                seed=seeds[i],
-                threshold=thresholds[j],
-                branch=streams[j],
-            )
-            for j in branches
-        ]
-        ts += own
-        bias = total_bias(
+    owners = _owners(counts)
+    draws = _draws(owners, seeds, thresholds, streams)
+    scales = [branch_scale(*pair) for pair in zip(scalings, thresholds, strict=True)]
+    ts = _down(prims, x, a, scales, scaling_tensors, draws)
+    projections = ranges(counts)
+    totals = [
+        total_bias(
             biases[i],
             [lora_biases[j] for j in branches],
             [scalings[j] for j in branches],
             [scaling_tensors[j] for j in branches],
         )
-        bs = [b[j] for j in branches]
-        if bases[i] is None:
-            ys.append(_add_base(prims, x, weights[i], bias, own, bs, dtype))
+        for i, branches in enumerate(projections)
+    ]
+    own = [_concatenate([ts[j] for j in branches]) for branches in projections]
+    up = [_concatenate([b[j] for j in branches]) for branches in projections]
+    through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
+    first = [i for i, t in enumerate(own) if t is not None and bases[i] is None]
+    sums = {} if through_fp32 else _up(prims, first, own, up, totals, dtype)
+    ys = []
+    for i, (t, factor) in enumerate(zip(own, up, strict=True)):
+        if t is None:
+            ys.append(_plain_linear(x, weights[i], totals[i], dtype))
+        elif i in sums:
+            ys.append(sums[i].addmm_(x.to(dtype), weights[i].to(dtype).t()))
         else:
-            sums = {"out_dtype": bases[i].dtype, "addend": bases[i]}
-            ys.append(prims.lora_up(_concatenate(own), _concatenate(bs), bias, **sums))
+            base = _gemm.linear_fp32(x, weights[i]) if bases[i] is None else bases[i]
+            out_dtype = dtype if bases[i] is None else base.dtype
+            ys.append(prims.lora_up(t, factor, totals[i], out_dtype=out_dtype, addend=base))
     return ys, ts
 
 
-def _add_base(
+def _group() -> ModuleType:
+    """The kernels that take all branches of a group at once; the C++ ones take one at a time."""
+    return _triton.kernels("lora_group")
+
+
+def _owners(counts: Sequence[int]) -> list[int]:
+    """The projection of each branch."""
+    return [i for i, branches in enumerate(ranges(counts)) for _ in branches]
+
+
+def _draws(
+    owners: Sequence[int],
+    seeds: Sequence[Tensor | None],
+    thresholds: Sequence[int],
+    streams: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Where the random bits of each branch come from."""
+    return [
+        {"seed": seeds[i], "threshold": thresholds[j], "branch": streams[j]}
+        for j, i in enumerate(owners)
+    ]
+
+
+def _down(
     prims: ModuleType,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ts: list[Tensor],
-    bs: list[Tensor],
+    a: Sequence[Tensor],
+    scales: Sequence[float],
+    scaling_tensors: Sequence[Tensor | None],
+    draws: Sequence[dict[str, Any]],
+) -> list[Tensor]:
+    """t of every branch, in one pass over x where the backend can."""
+    if prims is not _native:
+        ts: list[Tensor] | None = _group().lora_down_group(x, a, scales, scaling_tensors, draws)
+        if ts is not None:
+            return ts
+    return [
+        prims.lora_down(x, *branch, **draw)
+        for *branch, draw in zip(a, scales, scaling_tensors, draws, strict=True)
+    ]
+
+
+def _up(
+    prims: ModuleType,
+    chosen: Sequence[int],
+    ts: Sequence[Tensor | None],
+    bs: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
-) -> Tensor:
-    """x W^T + bias + sum_j t_j B_j^T in ``dtype``."""
-    if not ts:
-        return torch.nn.functional.linear(
-            x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        )
-    t, b = _concatenate(ts), _concatenate(bs)
-    if prims is _native and _gemm.through_fp32(x.device, dtype):
-        base = _gemm.linear_fp32(x, weight)
-        return _native.lora_up(t, b, bias, out_dtype=dtype, addend=base)
-    y: Tensor = prims.lora_up(t, b, bias, out_dtype=dtype)
-    return y.addmm_(x.to(dtype), weight.to(dtype).t())
+) -> dict[int, Tensor]:
+    """bias + t B^T in ``dtype`` of the chosen projections."""
+    if prims is not _native and len(chosen) > 1:
+        lists = ([items[i] for i in chosen] for items in (ts, bs, biases))
+        ys = _group().lora_up_group(*lists, out_dtype=dtype)
+        if ys is not None:
+            return dict(zip(chosen, ys, strict=True))
+    return {i: prims.lora_up(ts[i], bs[i], biases[i], out_dtype=dtype) for i in chosen}
+
+
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.linear(
+        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
 
 
 def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
@@ -180,36 +226,57 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
         streams,
     ) = args
     need = Needs.unpack(needs, len(weights), len(a))
-    dbs: list[Tensor | None] = [None] * len(a)
-    ds: dict[int, Tensor] = {}
-    for i, branches in enumerate(ranges(counts)):
-        if dys[i] is None:
-            continue
-        for j in branches:
-            d, dbs[j] = prims.lora_up_backward(
-                dys[i],
-                ts[j],
-                b[j],
-                branch_scale(scalings[j], thresholds[j]),
-                scaling_tensors[j],
-                need_d=need.x or need.a[j],
-                need_db=need.b[j],
-            )
-            if d is not None:
-                ds[j] = d
+    owners = _owners(counts)
+    alive = [j for j, i in enumerate(owners) if dys[i] is not None]
+    scales = [branch_scale(*pair) for pair in zip(scalings, thresholds, strict=True)]
+    ds, dbs = _up_backward(
+        prims, alive, [dys[i] for i in owners], ts, b, scales, scaling_tensors, need
+    )
     dws = [
         _gemm.weight_gradient(dy, x, weight.dtype) if flag and x is not None else None
         for dy, weight, flag in zip(dys, weights, need.w, strict=True)
     ]
     dbiases, dlora_biases = bias_gradients(dys, scaling_tensors, scalings, counts, need)
-    owners = [i for i, branches in enumerate(ranges(counts)) for _ in branches]
-    draws = [
-        {"seed": seeds[i], "threshold": thresholds[j], "branch": streams[j]}
-        for j, i in enumerate(owners)
-    ]
+    draws = _draws(owners, seeds, thresholds, streams)
     dx, das = _input_side(prims, dys, x, weights, a, ds, need, draws, dtype=x_dtype)
     wanted = [dx, *dws, *dbiases, *das, *dbs, *dlora_biases]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
+
+
+def _up_backward(
+    prims: ModuleType,
+    alive: Sequence[int],
+    dys: Sequence[Tensor | None],
+    ts: Sequence[Tensor | None],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    scaling_tensors: Sequence[Tensor | None],
+    need: Needs,
+) -> tuple[dict[int, Tensor], list[Tensor | None]]:
+    """d and dB of the branches whose output got a gradient; d is missing where not needed."""
+    dbs: list[Tensor | None] = [None] * len(b)
+    both = all((need.x or need.a[j]) and need.b[j] for j in alive)
+    if both and len(alive) > 1 and prims is not _native:
+        lists = ([items[j] for j in alive] for items in (dys, ts, b, scales, scaling_tensors))
+        grouped = _group().lora_up_backward_group(*lists)
+        if grouped is not None:
+            for j, db in zip(alive, grouped[1], strict=True):
+                dbs[j] = db
+            return dict(zip(alive, grouped[0], strict=True)), dbs
+    ds: dict[int, Tensor] = {}
+    for j in alive:
+        d, dbs[j] = prims.lora_up_backward(
+            dys[j],
+            ts[j],
+            b[j],
+            scales[j],
+            scaling_tensors[j],
+            need_d=need.x or need.a[j],
+            need_db=need.b[j],
+        )
+        if d is not None:
+            ds[j] = d
+    return ds, dbs
 
 
 def _input_side(
@@ -240,7 +307,12 @@ def _input_side(
                 product = product.clone() if total is None else total.add_(product)
             total = product
     das: list[Tensor | None] = [None] * len(a)
-    for position, (j, d) in enumerate(ds.items(), start=1):
+    grouped = _down_backward_group(prims, x, a, ds, need, draws, dtype)
+    if grouped is not None:
+        total, parts = grouped
+        for j, da in zip(ds, parts, strict=True):
+            das[j] = da
+    for position, (j, d) in enumerate(ds.items() if grouped is None else (), start=1):
         rounds = position == len(ds) or not fp32
         part, das[j] = prims.lora_down_backward(
             d,
@@ -262,6 +334,35 @@ def _input_side(
     for dy, weight in products:
         total = add_product(total, dy, weight.to(dy.dtype), dtype)
     return total, das
+
+
+def _down_backward_group(
+    prims: ModuleType,
+    x: Tensor | None,
+    a: Sequence[Tensor],
+    ds: dict[int, Tensor],
+    need: Needs,
+    draws: Sequence[dict[str, Any]],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Sequence[Tensor | None]] | None:
+    """dx0 and every dA in one pass over x, None where the backend cannot."""
+    wanted = {need.a[j] for j in ds}
+    if len(ds) < 2 or len(wanted) != 1 or prims is _native:
+        return None
+    need_da = wanted.pop()
+    grouped = _group().lora_down_backward_group(
+        list(ds.values()),
+        [a[j] for j in ds],
+        x,
+        [draws[j] for j in ds],
+        dx_dtype=dtype,
+        need_dx=need.x,
+        need_da=need_da,
+    )
+    if grouped is None:
+        return None
+    dx0, das = grouped
+    return dx0, das or [None] * len(ds)
 
 
 def first_given(dys: Sequence[Tensor | None]) -> Tensor:

@@ -28,6 +28,10 @@ _PAIR_ROWS = 1024  # and its rows at most
 _PAIR_MAX_RANK = 32  # above, two products
 _WEIGHT_GRADIENT_ROWS = 256  # rows per split of dA, at least
 _WEIGHT_GRADIENT_SPLITS = 16
+_DOWN_ROWS = 64  # rows of x per program
+_MULTIPROCESSORS = 132
+_GROUP_BRANCHES = 3  # that one kernel takes
+_GROUP_RANKS = 64  # of them together, each padded to at least 16
 
 
 def _bytes(*tensors: Tensor | None) -> int:
@@ -57,69 +61,146 @@ def _owners(counts: Sequence[int]) -> list[int]:
     return [i for i, count in enumerate(counts) for _ in range(count)]
 
 
+def _splits_of_down(rows: int, features: int) -> int:
+    """Splits of the features in `lora_down`: two programs a multiprocessor, 512 features each."""
+    programs = -(-rows // _DOWN_ROWS)
+    return min(-(-2 * _MULTIPROCESSORS // programs), 8, max(features // 512, 1))
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _take_together(factors: Sequence[Tensor], thresholds: Sequence[int] = ()) -> bool:
+    """Whether one kernel takes all of these branches (``fasttune_kernels.lora_group``)."""
+    padded = max((max(_next_power_of_2(min(factor.shape)), 16) for factor in factors), default=0)
+    return (
+        1 < len(factors) <= _GROUP_BRANCHES
+        and len(factors) * padded <= _GROUP_RANKS
+        and len({factor.dtype for factor in factors}) == 1
+        and len(set(thresholds)) < 2
+    )
+
+
+def _together(launches: list[Launch], shared: int, grouped: bool) -> list[Launch]:
+    """The launches as one if they are a group, which reads ``shared`` bytes once instead of each
+    time.
+    """
+    if not grouped:
+        return launches
+    (whole,) = _one_launch(launches)
+    return [
+        Launch(whole.name, whole.bytes_read - shared * (len(launches) - 1), whole.bytes_written)
+    ]
+
+
 def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
     x, weights, biases, a, b = args[:5]
-    owners = _owners(args[9])
+    thresholds, counts, bases = args[8], args[9], args[12]
+    owners = _owners(counts)
     ys, ts = result
-    bases = args[12]
-    launches = [
-        Launch("fasttune::lora_down", _bytes(x, down), _bytes(t))
-        for down, t in zip(a, ts, strict=True)
+    grouped = _take_together(a, thresholds)
+    splits = _splits_of_down(*x.shape)
+    down = [
+        Launch("fasttune::lora_down", _bytes(x, factor), _bytes(t) if splits == 1 else 0)
+        for factor, t in zip(a, ts, strict=True)
     ]
+    launches = _together(down, _bytes(x), grouped)
+    seconds = [launch for t in ts for launch in _second_pass("lora_down", t, splits)]
+    launches += _one_launch(seconds) if grouped else seconds
+    first: list[Launch] = []
+    of_bases: list[Launch] = []
     for i, (weight, y) in enumerate(zip(weights, ys, strict=True)):
         own = [j for j, owner in enumerate(owners) if owner == i]
         if own:
             reads = sum(_bytes(ts[j], b[j]) for j in own) + _bytes(biases[i], bases[i])
-            launches.append(Launch("fasttune::lora_up", reads, _bytes(y)))
-            if weight is None:  # the base layer's own forward has run
-                continue
-            launches.append(Launch("aten::addmm_", _bytes(x, weight, y), _bytes(y), gemm=True))
-        else:
-            reads = _bytes(x, weight, biases[i])
-            launches.append(Launch("aten::linear", reads, _bytes(y), gemm=True))
-    return launches
+            # The base layer's own forward has run if there is no weight.
+            (first if weight is not None else of_bases).append(
+                Launch("fasttune::lora_up", reads, _bytes(y))
+            )
+        if weight is not None:
+            reads = _bytes(x, weight) + (_bytes(y) if own else _bytes(biases[i]))
+            name = "aten::addmm_" if own else "aten::linear"
+            launches.append(Launch(name, reads, _bytes(y), gemm=True))
+    up = [b[j] for j, owner in enumerate(owners) if weights[owner] is not None]
+    single = all(count < 2 for count in counts)  # several branches are joined to one wider rank
+    return [*launches, *_together(first, 0, single and _take_together(up)), *of_bases]
 
 
 def _backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
     dys, x, weights, a, b = args[:5]
-    counts, needs = args[9], args[12]
+    thresholds, counts, needs = args[8], args[9], args[12]
     n, k = len(weights), len(a)
     need_x, need_w = needs[0], needs[1 : 1 + n]
     need_a, need_b = needs[1 + 2 * n :][:k], needs[1 + 2 * n + k :][:k]
-    launches: list[Launch] = []
-    written = 0 if not need_x else _bytes(result[0])
-    for j, i in enumerate(_owners(counts)):
-        if dys[i] is None:
-            continue
-        dy, rows, rank = dys[i], dys[i].shape[0], a[j].shape[0]
-        d_bytes = rows * rank * _FP32_BYTES
-        need_d = need_x or need_a[j]
-        if need_d and need_b[j] and rank <= _PAIR_MAX_RANK:
-            launches.append(Launch("fasttune::lora_up_backward", _bytes(dy, b[j]) + d_bytes, 0))
-            columns = -(-dy.shape[1] // _PAIR_COLUMNS)
-            seconds = _second_pass("lora_up_backward", rows * rank, columns)
-            seconds += _second_pass("lora_up_backward", b[j], -(-rows // _PAIR_ROWS))
-            launches += _one_launch(seconds)  # both sums together
-        else:
-            if need_d:
-                launches.append(Launch("fasttune::lora_up_backward.d", _bytes(dy, b[j]), d_bytes))
-            if need_b[j]:
-                reads = _bytes(dy) + d_bytes
-                launches.append(Launch("fasttune::lora_up_backward.db", reads, _bytes(b[j])))
+    dx = 0 if not need_x else _bytes(result[0])
+    owners = _owners(counts)
+    alive = [j for j, i in enumerate(owners) if dys[i] is not None]
+    of_alive = {j: dys[owners[j]] for j in alive}
+    launches = _up_backward(of_alive, b, [need_x or flag for flag in need_a], need_b)
+    same_needs = len({need_a[j] for j in alive}) == 1
+    together = _take_together([a[j] for j in alive], [thresholds[j] for j in alive]) and same_needs
+    weight_gradients: list[Launch] = []
+    sums: list[Launch] = []
+    input_gradients: list[Launch] = []
+    for j in alive:
+        rows = of_alive[j].shape[0]
+        d_bytes = rows * a[j].shape[0] * _FP32_BYTES
         if need_a[j]:
-            launches.append(Launch("fasttune::lora_down_backward.da", _bytes(x) + d_bytes, 0))
             splits = min(_WEIGHT_GRADIENT_SPLITS, max(rows // _WEIGHT_GRADIENT_ROWS, 1))
-            launches += _second_pass("lora_down_backward.da", a[j], splits)
+            written = 0 if splits > 1 else _bytes(a[j])
+            name = "fasttune::lora_down_backward.da"
+            weight_gradients.append(Launch(name, _bytes(x) + d_bytes, written))
+            sums += _second_pass("lora_down_backward.da", a[j], splits)
         if need_x:
             reads = _bytes(a[j]) + d_bytes
-            launches.append(Launch("fasttune::lora_down_backward.dx", reads, written))
+            input_gradients.append(Launch("fasttune::lora_down_backward.dx", reads, dx))
+    if together:
+        launches += _together(weight_gradients, _bytes(x), bool(weight_gradients))
+        launches += _one_launch(sums)
+        launches += [
+            Launch(whole.name, whole.bytes_read, dx) for whole in _one_launch(input_gradients)
+        ]
+    else:
+        launches += [*weight_gradients, *sums, *input_gradients]
     for i, weight in enumerate(weights):
         if need_x and weight is not None and dys[i] is not None:
-            reads = _bytes(dys[i], weight) + written
-            launches.append(Launch("aten::addmm_", reads, written, gemm=True))
+            reads = _bytes(dys[i], weight) + dx
+            launches.append(Launch("aten::addmm_", reads, dx, gemm=True))
         if need_w[i]:
             launches.append(Launch("aten::mm", _bytes(dys[i], x), _bytes(weight), gemm=True))
     return launches
+
+
+def _up_backward(
+    dys: Mapping[int, Tensor], b: Sequence[Tensor], need_d: Sequence[bool], need_b: Sequence[bool]
+) -> list[Launch]:
+    """D and dB of the branches, the keys of ``dys``."""
+    pairs: list[Launch] = []
+    seconds: list[Launch] = []
+    singles: list[Launch] = []
+    for j, dy in dys.items():
+        rows, rank = dy.shape[0], b[j].shape[1]
+        d_bytes = rows * rank * _FP32_BYTES
+        if need_d[j] and need_b[j] and rank <= _PAIR_MAX_RANK:
+            reads = _bytes(dy, b[j]) + d_bytes
+            pairs.append(Launch("fasttune::lora_up_backward", reads, 0))
+            columns = -(-dy.shape[1] // _PAIR_COLUMNS)
+            both = _second_pass("lora_up_backward", rows * rank, columns)
+            both += _second_pass("lora_up_backward", b[j], -(-rows // _PAIR_ROWS))
+            seconds += _one_launch(both)  # both sums together
+            continue
+        if need_d[j]:
+            singles.append(Launch("fasttune::lora_up_backward.d", _bytes(dy, b[j]), d_bytes))
+            singles += _second_pass(
+                "lora_up_backward.d", rows * rank, _splits_of_down(rows, dy.shape[1])
+            )
+        if need_b[j]:
+            reads = _bytes(dy) + d_bytes
+            singles.append(Launch("fasttune::lora_up_backward.db", reads, _bytes(b[j])))
+    if not singles and _take_together([b[j] for j in dys]):
+        return [*_one_launch(pairs), *_one_launch(seconds)]
+    return [*pairs, *seconds, *singles]
 
 
 def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:

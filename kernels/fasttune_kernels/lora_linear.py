@@ -12,7 +12,7 @@ Four kernels cover the eight products: "down" (a reduction over the features), "
 the rank), "weight gradient" (a reduction over the rows) and the fused pair of `lora_up_backward`.
 Reductions that are split write fp32 partial results, which one more launch adds in fixed order.
 
-Precision: products accumulate in fp32 and no operand is rounded before a product, see `_dot_exact`.
+Precision: products accumulate in fp32 and no operand is rounded before a product, see `dot_exact`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dot_exact import dot_exact
 from .lora_tables import (
     arithmetic_of,
     down_tile,
@@ -37,70 +38,6 @@ from .tables import MAX_REGISTERS, Tile, divide_up, gpu_of, launch_device, next_
 
 # Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
 MAX_BLOCK_R = 128
-
-
-@triton.jit
-def _leading_bf16(x):
-    """The fp32 x cut to its leading 8 significant bits: exactly representable in bf16."""
-    bits = x.to(tl.uint32, bitcast=True) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
-    """acc + lhs @ rhs on bf16 tensor cores; the operand marked SPLIT is fp32, the other is bf16.
-
-    24 significant bits are three times 8, so three terms cut by truncation are the operand itself:
-    the differences are exact, nothing overflows, and bf16 has the exponent range of fp32. Only
-    parts below 2^-133 are lost, and an infinite operand gives NaN. The smallest terms are added
-    first.
-    """
-    if SPLIT_LHS:
-        high = _leading_bf16(lhs)
-        rest = lhs - high
-        middle = _leading_bf16(rest)
-        acc = tl.dot((rest - middle).to(tl.bfloat16), rhs, acc)
-        acc = tl.dot(middle.to(tl.bfloat16), rhs, acc)
-        acc = tl.dot(high.to(tl.bfloat16), rhs, acc)
-    elif SPLIT_RHS:
-        high = _leading_bf16(rhs)
-        rest = rhs - high
-        middle = _leading_bf16(rest)
-        acc = tl.dot(lhs, (rest - middle).to(tl.bfloat16), acc)
-        acc = tl.dot(lhs, middle.to(tl.bfloat16), acc)
-        acc = tl.dot(lhs, high.to(tl.bfloat16), acc)
-    return acc
-
-
-@triton.jit
-def _dot_exact(lhs, rhs, acc, TENSOR_CORES: tl.constexpr):
-    """acc + lhs @ rhs in fp32 without rounding an operand, whatever the two dtypes are.
-
-    - one 16-bit dtype on both sides: tensor cores, whose products of 16-bit operands are exact;
-    - bf16 with fp32: the fp32 operand in three bf16 terms;
-    - fp16 with fp32: as above, the fp16 operand being two bf16 terms (11 bits are 8 + 3). Scaling
-      the fp32 operand into the range of fp16 instead would need a maximum and lose small values;
-    - anything else, or without TENSOR_CORES: fp32 multiply-adds.
-    """
-    if TENSOR_CORES and lhs.dtype == rhs.dtype and lhs.dtype != tl.float32:
-        acc = tl.dot(lhs, rhs, acc)
-    elif TENSOR_CORES and lhs.dtype == tl.bfloat16 and rhs.dtype == tl.float32:
-        acc = _dot_terms(lhs, rhs, acc, False, True)
-    elif TENSOR_CORES and lhs.dtype == tl.float32 and rhs.dtype == tl.bfloat16:
-        acc = _dot_terms(lhs, rhs, acc, True, False)
-    elif TENSOR_CORES and lhs.dtype == tl.float16 and rhs.dtype == tl.float32:
-        wide = lhs.to(tl.float32)
-        high = _leading_bf16(wide)
-        acc = _dot_terms((wide - high).to(tl.bfloat16), rhs, acc, False, True)
-        acc = _dot_terms(high.to(tl.bfloat16), rhs, acc, False, True)
-    elif TENSOR_CORES and lhs.dtype == tl.float32 and rhs.dtype == tl.float16:
-        wide = rhs.to(tl.float32)
-        high = _leading_bf16(wide)
-        acc = _dot_terms(lhs, (wide - high).to(tl.bfloat16), acc, True, False)
-        acc = _dot_terms(lhs, high.to(tl.bfloat16), acc, True, False)
-    else:
-        acc = tl.dot(lhs.to(tl.float32), rhs.to(tl.float32), acc, input_precision="ieee")
-    return acc
 
 
 # Floor: read M K of x once, R K of A (stays in L2), write 4 M R; 2 M K R operations: at rank 16 in
@@ -160,7 +97,7 @@ def _lora_down_kernel(
         if HAS_DROPOUT:
             keep = keep_mask(rows + row_offset, k0, key0, key1, branch, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc = _dot_exact(x, a, acc, TENSOR_CORES)
+        acc = dot_exact(x, a, acc, TENSOR_CORES)
     if PARTIAL:
         t_ptr += pid_k.to(tl.int64) * M * R
     else:
@@ -223,7 +160,7 @@ def _lora_up_kernel(
             mask=inside_r[:, None] & inside_n[None, :],
             other=0.0,
         )
-        acc = _dot_exact(t, b, acc, TENSOR_CORES)
+        acc = dot_exact(t, b, acc, TENSOR_CORES)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
         acc = acc + bias.to(tl.float32)[None, :]
@@ -315,7 +252,7 @@ def _lora_weight_grad_kernel(
                 BLOCK_K,
             )
             x = tl.where(keep, x, 0.0)
-        acc = _dot_exact(d, x, acc, TENSOR_CORES)
+        acc = dot_exact(d, x, acc, TENSOR_CORES)
     if PARTIAL:
         out_ptr += pid_m.to(tl.int64) * K * R
     tl.store(
@@ -382,13 +319,13 @@ def _lora_up_backward_kernel(
             other=0.0,
         )
         d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        d = _dot_exact(dy, b, d, TENSOR_CORES)
+        d = dot_exact(dy, b, d, TENSOR_CORES)
         tl.store(
             d_ptr + rows[:, None] * R + ranks[None, :],
             d * factor,
             mask=inside_m[:, None] & inside_r[None, :],
         )
-        db = _dot_exact(t, dy, db, TENSOR_CORES)
+        db = dot_exact(t, dy, db, TENSOR_CORES)
     db_ptr += pid_m.to(tl.int64) * N * R
     tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
 

@@ -8,7 +8,7 @@ import torch
 
 from .tables import Gpu, Tile
 
-# How `_dot_exact` computes a product:
+# How `dot_exact` computes a product:
 #   "mma"    both operands of one 16-bit dtype, tensor cores
 #   "terms"  bf16 with fp32, the fp32 operand as three bf16 terms, tensor cores
 #   "terms6" fp16 with fp32, two by three bf16 terms, tensor cores
@@ -123,3 +123,39 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
         return Tile(64, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 4, 3)
     tile = Tile(32, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 8, 3)
     return _for_bandwidth(capability, tile, more=1)
+
+
+# Groups: a program holds the accumulators and masks of all branches at once. Beyond these limits it
+# would spill, and the branches are taken one by one.
+GROUP_BRANCHES, GROUP_RANKS = 3, 64
+
+
+@functools.cache
+def group_down_tile(capability: int, arithmetic: str, dropout: bool) -> Tile:
+    """[rows of x, features per step]."""
+    if arithmetic == "mma":
+        return _for_bandwidth(capability, Tile(32, 64, 4, 4))
+    tile = Tile(32, 32, 4, 4) if arithmetic == "fma" else Tile(64, 64, 8, 4)
+    return _for_bandwidth(capability, tile)
+
+
+@functools.cache
+def group_weight_grad_tile(capability: int, arithmetic: str, dropout: bool) -> Tile:
+    """[rows per step, features of the outputs]."""
+    return _for_bandwidth(capability, Tile(32, 64, 8 if arithmetic == "fma" else 4, 4))
+
+
+@functools.cache
+def group_pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
+    """[rows per step, columns], or None as in `pair_tile`."""
+    if block_r > 16 and arithmetic == "terms":
+        return Tile(32, 128, 8, 3)  # the body is repeated: 64 rows spill
+    return pair_tile(capability, arithmetic, block_r)
+
+
+@functools.cache
+def group_input_gradient_tile(
+    capability: int, arithmetic: str, block_r: int, dropout: bool
+) -> Tile:
+    """[rows, features of the output]."""
+    return Tile(32, 64, 4, 2) if arithmetic == "fma" else Tile(32, 128, 8, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -116,6 +118,31 @@ def sum_two_partials(
         num_warps=4,
         enable_fp_fusion=True,
     )
+
+
+# The sums of a whole group in one launch, block after block.
+@triton.jit
+def _sum_group_partials_kernel(
+    sums,  # partial [splits, numel] fp32, out [numel], numel, splits
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    first = 0
+    for j in tl.static_range(len(sums)):
+        partial_ptr, out_ptr, numel, splits = sums[j]
+        last = first + tl.cdiv(numel, BLOCK)
+        if (pid >= first) & (pid < last):
+            _sum_block(partial_ptr, out_ptr, 1.0, None, numel, splits, pid - first, BLOCK)
+        first = last
+
+
+def sum_group_partials(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """out = the sum of partial [splits, ...] fp32, for each pair of partial and out; the caller
+    sets the device.
+    """
+    items = tuple((partial, out, out.numel(), partial.shape[0]) for partial, out in sums)
+    blocks = sum(divide_up(out.numel(), _BLOCK) for _, out in sums)
+    _sum_group_partials_kernel[(blocks,)](items, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True)
 
 
 # Floor: read 4 * rows * n, write 4 n. For the hundreds of partial rows that persistent programs

@@ -1,0 +1,628 @@
+"""The four products of a LoRA branch for all branches of a group at once: the wide x is read once.
+
+A group is projections of one input: q, k and v, or gate and up. Legend and precision as in
+`lora_linear`; j numbers the branches.
+
+    lora_down_group           T_j = s_j (x * keep_j) A_j^T           one read of x
+    lora_up_group             y0_i = bias_i + T_i B_i^T              one launch
+    lora_up_backward_group    D_j = s_j dY_j B_j, dB_j = dY_j^T T_j  one launch, one read of dY
+    lora_down_backward_group  dx0 = sum_j keep_j * (D_j A_j)         one write of dx0
+                              dA_j = D_j^T (x * keep_j)              one read of x
+
+Each kernel takes a tuple of branches, and its body is repeated for each of them at compile time.
+Each function returns None where the branches do not fit one kernel; `lora_linear` then takes them
+one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dot_exact import dot_exact
+from .lora_tables import (
+    GROUP_BRANCHES,
+    GROUP_RANKS,
+    arithmetic_of,
+    group_down_tile,
+    group_input_gradient_tile,
+    group_pair_tile,
+    group_weight_grad_tile,
+    has_tensor_cores,
+    up_tile,
+)
+from .partials import sum_group_partials, sum_partials
+from .philox import keep_mask, load_philox_key
+from .tables import MAX_REGISTERS, divide_up, gpu_of, launch_device, next_power_of_2
+
+
+class Draw(TypedDict):
+    """Where the random bits of a branch's dropout come from: as the keywords of `lora_linear`."""
+
+    seed: Tensor | None  # 0-d int64; unused without dropout
+    threshold: int  # 0 .. 65536: a lane below it is dropped
+    branch: int
+
+
+@triton.jit
+def _scaled(scale, scale_ptr):
+    if scale_ptr is not None:
+        scale = scale * tl.load(scale_ptr).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _drop(
+    x, rows, start, seed_ptr, stream, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """x [BLOCK_M, BLOCK_K] with the elements dropped that the branch drops."""
+    key0, key1 = load_philox_key(seed_ptr)
+    stream = tl.full((), stream, tl.uint32)
+    keep = keep_mask(rows, start, key0, key1, stream, threshold, BLOCK_M, BLOCK_K)
+    return tl.where(keep, x, 0.0)
+
+
+@triton.jit
+def _down_step(
+    branch, acc, x, rows, k0, K, threshold,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, TENSOR_CORES: tl.constexpr,
+):  # fmt: skip
+    a_ptr, _, _, _, seed_ptr, stream, R = branch
+    k = k0 + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    a = tl.load(
+        a_ptr + ranks.to(tl.int64)[None, :] * K + k[:, None],
+        mask=(k < K)[:, None] & (ranks < R)[None, :],
+        other=0.0,
+    )
+    if HAS_DROPOUT:
+        x = _drop(x, rows, k0, seed_ptr, stream, threshold, BLOCK_M, BLOCK_K)
+    return dot_exact(x, a, acc, TENSOR_CORES)
+
+
+# Floor: read M K of x once for the whole group, write 4 M R a branch; 2 M K R operations a branch.
+@triton.jit(do_not_specialize=["M", "threshold", "row_offset"])
+def _lora_down_group_kernel(
+    x_ptr,  # [M, K], columns adjacent
+    branches,  # a [R, K], t [M, R] fp32, scale, 0-d scale or None, 0-d seed or None, stream, R
+    threshold,
+    row_offset: tl.int64,
+    M,
+    K,
+    stride_xm: tl.int64,
+    stride_split: tl.int64,  # elements of t between two splits of K
+    k_per_split,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+):
+    pid_k = tl.program_id(1)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, BLOCK_R)
+    inside_m = rows < M
+    x_rows = x_ptr + rows[:, None] * stride_xm
+    k_begin = pid_k * k_per_split
+    k_end = tl.minimum(k_begin + k_per_split, K)
+    sums = [(branch, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)) for branch in branches]
+    for k0 in range(k_begin, k_end, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + k[None, :], mask=inside_m[:, None] & (k < K)[None, :], other=0.0)
+        sums = [
+            (
+                branch,
+                _down_step(
+                    branch, acc, x, rows + row_offset, k0, K, threshold,
+                    BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+                ),
+            )
+            for branch, acc in sums
+        ]  # fmt: skip
+    for j in tl.static_range(len(branches)):
+        branch, acc = sums[j]
+        _, t_ptr, scale, scale_ptr, _, _, R = branch
+        tl.store(
+            t_ptr + pid_k * stride_split + rows[:, None] * R + ranks[None, :],
+            acc * _scaled(scale, scale_ptr),
+            mask=inside_m[:, None] & (ranks < R)[None, :],
+        )
+
+
+# Floor: write M N of every y0; T and B are small. One launch instead of one a projection.
+@triton.jit(do_not_specialize=["M", "column_blocks"])
+def _lora_up_group_kernel(
+    branches,  # t [M, R] fp32, b [N, R], bias [N] or None, y [M, N], R, N
+    M,
+    column_blocks,  # of all branches
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+):
+    pid_m = tl.program_id(0) // column_blocks
+    pid_n = tl.program_id(0) % column_blocks
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, BLOCK_R)
+    inside_m = rows < M
+    first = 0
+    for j in tl.static_range(len(branches)):
+        t_ptr, b_ptr, bias_ptr, y_ptr, R, N = branches[j]
+        last = first + tl.cdiv(N, BLOCK_N)
+        if (pid_n >= first) & (pid_n < last):
+            columns = (pid_n - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside_n = columns < N
+            inside_r = ranks < R
+            t = tl.load(
+                t_ptr + rows[:, None] * R + ranks[None, :],
+                mask=inside_m[:, None] & inside_r[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                b_ptr + columns.to(tl.int64)[None, :] * R + ranks[:, None],
+                mask=inside_r[:, None] & inside_n[None, :],
+                other=0.0,
+            )
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            acc = dot_exact(t, b, acc, TENSOR_CORES)
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
+                acc = acc + bias.to(tl.float32)[None, :]
+            tl.store(
+                y_ptr + rows[:, None] * N + columns[None, :],
+                acc.to(y_ptr.dtype.element_ty),
+                mask=inside_m[:, None] & inside_n[None, :],
+            )
+        first = last
+
+
+# Floor: read M N of every dY once; partial sums as in `lora_linear`.
+@triton.jit(do_not_specialize=["M"])
+def _lora_up_backward_group_kernel(
+    branches,  # dy [M, N], t [M, R] fp32, b [N, R], d [column blocks, M, R] fp32,
+    # db [row blocks, N, R] fp32, scale, 0-d scale or None, R, N, stride of dy's rows
+    M,
+    rows_per_program,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+):
+    pid_m = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    ranks = tl.arange(0, BLOCK_R)
+    m_begin = pid_m.to(tl.int64) * rows_per_program
+    m_end = tl.minimum(m_begin + rows_per_program, M)
+    first = 0
+    for j in tl.static_range(len(branches)):
+        dy_ptr, t_ptr, b_ptr, d_ptr, db_ptr, scale, scale_ptr, R, N, stride_dym = branches[j]
+        last = first + tl.cdiv(N, BLOCK_N)
+        if (pid_n >= first) & (pid_n < last):
+            block = pid_n - first
+            columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            inside_n = columns < N
+            inside_r = ranks < R
+            of_b = columns.to(tl.int64)[:, None] * R + ranks[None, :]
+            inside_b = inside_n[:, None] & inside_r[None, :]
+            b = tl.load(b_ptr + of_b, mask=inside_b, other=0.0)
+            d_block = d_ptr + block.to(tl.int64) * M * R
+            factor = _scaled(scale, scale_ptr)
+            db = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+            for m0 in range(m_begin, m_end, BLOCK_M):
+                rows = m0 + tl.arange(0, BLOCK_M)
+                inside_m = rows < M
+                dy = tl.load(
+                    dy_ptr + rows[:, None] * stride_dym + columns[None, :],
+                    mask=inside_m[:, None] & inside_n[None, :],
+                    other=0.0,
+                )
+                t = tl.load(
+                    t_ptr + rows[None, :] * R + ranks[:, None],
+                    mask=inside_m[None, :] & inside_r[:, None],
+                    other=0.0,
+                )
+                d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+                d = dot_exact(dy, b, d, TENSOR_CORES)
+                tl.store(
+                    d_block + rows[:, None] * R + ranks[None, :],
+                    d * factor,
+                    mask=inside_m[:, None] & inside_r[None, :],
+                )
+                db = dot_exact(t, dy, db, TENSOR_CORES)
+            db_block = db_ptr + pid_m.to(tl.int64) * N * R
+            tl.store(db_block + of_b, tl.trans(db), mask=inside_b)
+        first = last
+
+
+@triton.jit
+def _weight_grad_step(
+    branch, acc, x, rows, start, M, row_offset, threshold,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, TENSOR_CORES: tl.constexpr,
+):  # fmt: skip
+    d_ptr, _, seed_ptr, stream, R = branch
+    ranks = tl.arange(0, BLOCK_R)
+    d = tl.load(
+        d_ptr + rows[None, :] * R + ranks[:, None],
+        mask=(rows < M)[None, :] & (ranks < R)[:, None],
+        other=0.0,
+    )
+    if HAS_DROPOUT:
+        x = _drop(x, rows + row_offset, start, seed_ptr, stream, threshold, BLOCK_M, BLOCK_K)
+    return dot_exact(d, x, acc, TENSOR_CORES)
+
+
+# Floor: read M K of x once for the whole group; partial sums of 4 R K a branch and split.
+@triton.jit(do_not_specialize=["M", "threshold", "row_offset"])
+def _lora_weight_grad_group_kernel(
+    x_ptr,  # [M, K], columns adjacent
+    branches,  # d [M, R] fp32, out [splits, R, K] fp32, 0-d seed or None, stream, R
+    threshold,
+    row_offset: tl.int64,
+    M,
+    K,
+    stride_xm: tl.int64,
+    rows_per_split,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+):
+    pid_k = tl.program_id(0)
+    pid_m = tl.program_id(1)
+    start = pid_k * BLOCK_K
+    k = start + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    inside_k = k < K
+    m_begin = pid_m.to(tl.int64) * rows_per_split
+    m_end = tl.minimum(m_begin + rows_per_split, M)
+    sums = [(branch, tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)) for branch in branches]
+    for m0 in range(m_begin, m_end, BLOCK_M):
+        rows = m0 + tl.arange(0, BLOCK_M)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + k[None, :],
+            mask=(rows < M)[:, None] & inside_k[None, :],
+            other=0.0,
+        )
+        sums = [
+            (
+                branch,
+                _weight_grad_step(
+                    branch, acc, x, rows, start, M, row_offset, threshold,
+                    BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+                ),
+            )
+            for branch, acc in sums
+        ]  # fmt: skip
+    for j in tl.static_range(len(branches)):
+        branch, acc = sums[j]
+        _, out_ptr, _, _, R = branch
+        tl.store(
+            out_ptr + pid_m.to(tl.int64) * R * K + ranks.to(tl.int64)[:, None] * K + k[None, :],
+            acc,
+            mask=(ranks < R)[:, None] & inside_k[None, :],
+        )
+
+
+# Floor: write M K of dx0 once; D and A are small. The sum over the branches stays in registers and
+# rounds once.
+@triton.jit(do_not_specialize=["M", "threshold", "row_offset"])
+def _lora_input_gradient_group_kernel(
+    branches,  # d [M, R] fp32, a [R, K], 0-d seed or None, stream, R
+    dx_ptr,  # [M, K]
+    threshold,
+    row_offset: tl.int64,
+    M,
+    K,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    TENSOR_CORES: tl.constexpr,
+):
+    column_blocks = tl.cdiv(K, BLOCK_K)
+    pid_m = tl.program_id(0) // column_blocks
+    start = tl.program_id(0) % column_blocks * BLOCK_K
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = start + tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, BLOCK_R)
+    inside_m = rows < M
+    inside_k = k < K
+    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for j in tl.static_range(len(branches)):
+        d_ptr, a_ptr, seed_ptr, stream, R = branches[j]
+        inside_r = ranks < R
+        d = tl.load(
+            d_ptr + rows[:, None] * R + ranks[None, :],
+            mask=inside_m[:, None] & inside_r[None, :],
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + ranks.to(tl.int64)[:, None] * K + k[None, :],
+            mask=inside_r[:, None] & inside_k[None, :],
+            other=0.0,
+        )
+        if HAS_DROPOUT:
+            part = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+            part = dot_exact(d, a, part, TENSOR_CORES)
+            total += _drop(
+                part, rows + row_offset, start, seed_ptr, stream, threshold, BLOCK_M, BLOCK_K
+            )
+        else:
+            total = dot_exact(d, a, total, TENSOR_CORES)
+    tl.store(
+        dx_ptr + rows[:, None] * K + k[None, :],
+        total.to(dx_ptr.dtype.element_ty),
+        mask=inside_m[:, None] & inside_k[None, :],
+    )
+
+
+def _block_r(ranks: Sequence[int]) -> int:
+    return max(next_power_of_2(max(ranks)), 16)
+
+
+def _fit(
+    thin: Sequence[Tensor], ranks: Sequence[int], rows: int, draws: Sequence[Draw] = ()
+) -> bool:
+    """Whether branches with these contiguous factors [R, K] or [N, R] go through one kernel."""
+    return (
+        len({draw["threshold"] for draw in draws}) < 2
+        and 1 < len(ranks) <= GROUP_BRANCHES
+        and rows > 0
+        and min(ranks) > 0
+        and len(ranks) * _block_r(ranks) <= GROUP_RANKS
+        and len({factor.dtype for factor in thin}) == 1
+        and all(factor.is_contiguous() for factor in thin)
+    )
+
+
+def lora_down_group(
+    x: Tensor,  # [M, K], unit column stride
+    a: Sequence[Tensor],  # [R, K]
+    scales: Sequence[float],
+    scale_tensors: Sequence[Tensor | None],  # 0-d, None for 1
+    draws: Sequence[Draw],
+    row_offset: int = 0,
+) -> list[Tensor] | None:
+    """-> t_j [M, R] fp32 = s_j (x * keep_j) a_j^T, views of one buffer."""
+    m, k = x.shape
+    ranks = [factor.shape[0] for factor in a]
+    if not _fit(a, ranks, m, draws):
+        return None
+    threshold = draws[0]["threshold"]
+    gpu, block_r = gpu_of(x), _block_r(ranks)
+    arithmetic = arithmetic_of(gpu, x.dtype, a[0].dtype)
+    tile = group_down_tile(gpu.capability, arithmetic, threshold > 0)
+    programs = divide_up(m, tile.rows)
+    # As for one branch: two programs per multiprocessor, at least 512 features each.
+    splits = min(divide_up(2 * gpu.multiprocessors, programs), 8, max(k // 512, 1))
+    k_per_split = divide_up(divide_up(k, splits), tile.columns) * tile.columns
+    splits = divide_up(k, k_per_split)
+    total = x.new_empty(m * sum(ranks), dtype=torch.float32)
+    out = total if splits == 1 else x.new_empty((splits, m * sum(ranks)), dtype=torch.float32)
+    offsets = [m * sum(ranks[:j]) for j in range(len(ranks))]
+    starts = [out.view(-1)[offset:] for offset in offsets]
+    bits = _random_bits(draws)
+    branches = tuple(zip(a, starts, map(float, scales), scale_tensors, *bits, ranks, strict=True))
+    with launch_device(x):
+        _lora_down_group_kernel[(programs, splits)](
+            x,
+            branches,
+            threshold,
+            row_offset,
+            m,
+            k,
+            x.stride(0),
+            m * sum(ranks),
+            k_per_split,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_K=tile.columns,
+            HAS_DROPOUT=threshold > 0,
+            TENSOR_CORES=has_tensor_cores(gpu),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=True,
+        )
+        if splits > 1:
+            sum_partials(out, total)
+    parts = total.split([m * rank for rank in ranks])
+    return [part.view(m, rank) for part, rank in zip(parts, ranks, strict=True)]
+
+
+def lora_up_group(
+    ts: Sequence[Tensor],  # [M, R] fp32, contiguous
+    bs: Sequence[Tensor],  # [N, R]
+    biases: Sequence[Tensor | None],  # [N]
+    *,
+    out_dtype: torch.dtype,
+) -> list[Tensor] | None:
+    """-> y0_i [M, N] in `out_dtype` = bias_i + t_i b_i^T."""
+    ranks, m = [t.shape[1] for t in ts], ts[0].shape[0]
+    if not _fit(bs, ranks, m):
+        return None
+    gpu, block_r = gpu_of(ts[0]), _block_r(ranks)
+    arithmetic = arithmetic_of(gpu, ts[0].dtype, bs[0].dtype)
+    tile = up_tile(gpu.capability, arithmetic, block_r, False)
+    widths = [b.shape[0] for b in bs]
+    ys = [ts[0].new_empty((m, n), dtype=out_dtype) for n in widths]
+    column_blocks = sum(divide_up(n, tile.columns) for n in widths)
+    branches = tuple(zip(ts, bs, biases, ys, ranks, widths, strict=True))
+    with launch_device(ts[0]):
+        _lora_up_group_kernel[(divide_up(m, tile.rows) * column_blocks,)](
+            branches,
+            m,
+            column_blocks,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            TENSOR_CORES=has_tensor_cores(gpu),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=True,
+        )
+    return ys
+
+
+def lora_up_backward_group(
+    dys: Sequence[Tensor],  # [M, N], unit column stride
+    ts: Sequence[Tensor],  # [M, R] fp32, contiguous
+    bs: Sequence[Tensor],  # [N, R]
+    scales: Sequence[float],
+    scale_tensors: Sequence[Tensor | None],  # 0-d, None for 1
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """-> d_j [M, R] fp32 = s_j dy_j b_j, and db_j [N, R] in b's dtype = dy_j^T t_j."""
+    ranks, m = [b.shape[1] for b in bs], dys[0].shape[0]
+    if not _fit(bs, ranks, m) or len({dy.dtype for dy in dys}) > 1:
+        return None
+    gpu, block_r = gpu_of(dys[0]), _block_r(ranks)
+    arithmetic = arithmetic_of(gpu, dys[0].dtype, bs[0].dtype)
+    tile = group_pair_tile(gpu.capability, arithmetic, block_r)
+    if tile is None:
+        return None
+    widths = [b.shape[0] for b in bs]
+    column_blocks = [divide_up(n, tile.columns) for n in widths]
+    # As for one branch: fill the multiprocessors twice, with 128 to 1024 rows a program.
+    wanted = max(2 * gpu.multiprocessors // sum(column_blocks), 1)
+    rows = min(max(divide_up(m, wanted), 128), 1024)
+    rows_per_program = divide_up(rows, tile.rows) * tile.rows
+    row_blocks = divide_up(m, rows_per_program)
+    ds = [torch.empty_like(t) for t in ts]
+    dbs = [torch.empty_like(b) for b in bs]
+    d_parts = [d.new_empty((c, *d.shape)) for d, c in zip(ds, column_blocks, strict=True)]
+    db_parts = [t.new_empty((row_blocks, *b.shape)) for t, b in zip(ts, bs, strict=True)]
+    strides = [dy.stride(0) for dy in dys]
+    operands = zip(dys, ts, bs, d_parts, db_parts, strict=True)
+    facts = zip(map(float, scales), scale_tensors, ranks, widths, strides, strict=True)
+    branches = tuple((*tensors, *rest) for tensors, rest in zip(operands, facts, strict=True))
+    with launch_device(dys[0]):
+        _lora_up_backward_group_kernel[(row_blocks, sum(column_blocks))](
+            branches,
+            m,
+            rows_per_program,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            TENSOR_CORES=has_tensor_cores(gpu),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=True,
+        )
+        sum_group_partials([*zip(d_parts, ds, strict=True), *zip(db_parts, dbs, strict=True)])
+    return ds, dbs
+
+
+def lora_down_backward_group(
+    ds: Sequence[Tensor],  # [M, R] fp32, contiguous
+    a: Sequence[Tensor],  # [R, K]
+    x: Tensor | None,  # [M, K], unit column stride; may be None if da is not needed
+    draws: Sequence[Draw],
+    *,
+    row_offset: int = 0,
+    dx_dtype: torch.dtype,
+    need_dx: bool,
+    need_da: bool,
+) -> tuple[Tensor | None, list[Tensor] | None] | None:
+    """-> dx0 [M, K] in `dx_dtype` = sum_j keep_j * (d_j a_j), and da_j [R, K] in a's dtype = d_j^T
+    (x * keep_j).
+    """
+    ranks, m = [d.shape[1] for d in ds], ds[0].shape[0]
+    if not _fit(a, ranks, m, draws):
+        return None
+    dx = _input_gradient(ds, a, draws, row_offset, dx_dtype) if need_dx else None
+    das = None
+    if need_da:
+        assert x is not None
+        das = _weight_grads(x, ds, a, draws, row_offset)
+    return dx, das
+
+
+def _random_bits(draws: Sequence[Draw]) -> tuple[list[Tensor | None], list[int]]:
+    seeds = [draw["seed"] if draw["threshold"] > 0 else None for draw in draws]
+    return seeds, [draw["branch"] for draw in draws]
+
+
+def _input_gradient(
+    ds: Sequence[Tensor],
+    a: Sequence[Tensor],
+    draws: Sequence[Draw],
+    row_offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    m, k = ds[0].shape[0], a[0].shape[1]
+    ranks, threshold = [d.shape[1] for d in ds], draws[0]["threshold"]
+    gpu, block_r = gpu_of(ds[0]), _block_r(ranks)
+    arithmetic = arithmetic_of(gpu, ds[0].dtype, a[0].dtype)
+    tile = group_input_gradient_tile(gpu.capability, arithmetic, block_r, threshold > 0)
+    dx = ds[0].new_empty((m, k), dtype=dtype)
+    with launch_device(dx):
+        _lora_input_gradient_group_kernel[(divide_up(m, tile.rows) * divide_up(k, tile.columns),)](
+            tuple(zip(ds, a, *_random_bits(draws), ranks, strict=True)),
+            dx,
+            threshold,
+            row_offset,
+            m,
+            k,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_K=tile.columns,
+            HAS_DROPOUT=threshold > 0,
+            TENSOR_CORES=has_tensor_cores(gpu),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=True,
+        )
+    return dx
+
+
+def _weight_grads(
+    x: Tensor,
+    ds: Sequence[Tensor],
+    a: Sequence[Tensor],
+    draws: Sequence[Draw],
+    row_offset: int,
+) -> list[Tensor]:
+    m, k = x.shape
+    ranks, threshold = [d.shape[1] for d in ds], draws[0]["threshold"]
+    gpu, block_r = gpu_of(x), _block_r(ranks)
+    arithmetic = arithmetic_of(gpu, x.dtype, ds[0].dtype)
+    tile = group_weight_grad_tile(gpu.capability, arithmetic, threshold > 0)
+    programs = divide_up(k, tile.columns)
+    splits = min(divide_up(2 * gpu.multiprocessors, programs), 16, max(m // 256, 1))
+    rows_per_split = divide_up(divide_up(m, splits), tile.rows) * tile.rows
+    splits = divide_up(m, rows_per_split)
+    das = [torch.empty_like(factor) for factor in a]
+    parts = [da.new_empty((splits, *da.shape), dtype=torch.float32) for da in das]
+    with launch_device(x):
+        _lora_weight_grad_group_kernel[(programs, splits)](
+            x,
+            tuple(zip(ds, parts, *_random_bits(draws), ranks, strict=True)),
+            threshold,
+            row_offset,
+            m,
+            k,
+            x.stride(0),
+            rows_per_split,
+            BLOCK_R=block_r,
+            BLOCK_M=tile.rows,
+            BLOCK_K=tile.columns,
+            HAS_DROPOUT=threshold > 0,
+            TENSOR_CORES=has_tensor_cores(gpu),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=MAX_REGISTERS,
+            enable_fp_fusion=True,
+        )
+        sum_group_partials([*zip(parts, das, strict=True)])
+    return das
