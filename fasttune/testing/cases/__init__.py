@@ -6,6 +6,7 @@ from fasttune.testing.cases import (
     bottleneck,
     dora_linear,
     glu,
+    ia3_scale,
     layer_norm,
     linear_cross_entropy,
     lora_linear,
@@ -25,6 +26,7 @@ _OPS = (
     glu,
     bias_activation,
     bottleneck,
+    ia3_scale,
     rope,
     attention,
 )
