@@ -114,6 +114,19 @@ def row_wise_too_small(operations: int, x: Tensor) -> bool:
     return x.is_cpu and x.numel() < limit and _registry.forced_backend() is None
 
 
+def ia3_too_small(x: Tensor, features: int, *, casts: bool) -> bool:
+    """True if torch's kernels are faster for (IA)^3 on a layer of this input.
+
+    Args:
+        x: [*, K], the input of the layer.
+        features: of the activations that are scaled.
+        casts: they differ from the vector in dtype, so that PEFT casts them back and forth.
+    """
+    limit = limits.kernels if casts else limits.one_kernel
+    elements = x.numel() // max(x.shape[-1], 1) * features
+    return x.is_cpu and elements < limit and _registry.forced_backend() is None
+
+
 def mlp_too_small(x: Tensor) -> bool:
     """True if a gated MLP of this input gains nothing."""
     return x.is_cpu and x.numel() < limits.mlp and _registry.forced_backend() is None

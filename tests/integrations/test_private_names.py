@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from tiny_models import tiny_llama, with_lora
@@ -48,6 +49,28 @@ def test_peft_lora_linear() -> None:
         "x = self._cast_input_dtype(x, lora_A.weight.dtype)",
         "result = result + lora_B(lora_A(dropout(x))) * scaling",
         "result = result.to(torch_result_dtype)",
+    ):
+        assert line in source, line
+
+
+def test_peft_ia3_linear() -> None:
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model: Any = get_peft_model(tiny_llama(), config)
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    for name in ("base_layer", "ia3_l", "is_feedforward", "in_features", "out_features",
+                 "active_adapters", "disable_adapters", "merged"):  # fmt: skip
+        assert hasattr(layer, name), name
+    source = inspect.getsource(type(layer).forward)
+    # The lines whose meaning patching/ia3.py reproduces.
+    for line in (
+        "ia3_scaling *= self.ia3_l[active_adapter].flatten()",
+        "dtype = self.ia3_l[active_adapter].dtype",
+        "x = x.to(dtype)",
+        "interm = (x * ia3_scaling).to(previous_dtype)",
+        "result = self.base_layer(interm, *args, **kwargs)",
+        "result = (result * ia3_scaling).to(result_dtype)",
     ):
         assert line in source, line
 
