@@ -1,7 +1,7 @@
 """PEFT's (IA)^3 layers as fasttune sees them. The only file that reads their attributes.
 
-Read from PEFT 0.21 (``peft/tuners/ia3/layer.py``); tests/integrations/test_private_names.py fails
-loudly when it moves.
+Read from PEFT 0.21 (``peft/tuners/ia3/layer.py``, ``bnb.py``);
+tests/integrations/test_private_names.py fails loudly when it moves.
 """
 
 from __future__ import annotations
@@ -36,13 +36,31 @@ def is_ia3(module: nn.Module) -> bool:
     return isinstance(module, IA3Layer)
 
 
-def is_linear(layer_class: type[nn.Module]) -> bool:
-    """True for exactly PEFT's (IA)^3 Linear, which Conv1D has too: convolutions and quantised
-    layers have forwards of their own.
+# They convert their input and keep the dtype of the product, unlike Linear.
+_BITSANDBYTES = {("peft.tuners.ia3.bnb", "Linear8bitLt"), ("peft.tuners.ia3.bnb", "Linear4bit")}
+
+
+def is_linear_like(layer_class: type[nn.Module]) -> bool:
+    """True for exactly PEFT's (IA)^3 Linear, which Conv1D has too, and its layers on bitsandbytes:
+    convolutions have forwards of their own.
     """
     from peft.tuners.ia3.layer import Linear
 
-    return layer_class is Linear
+    return layer_class is Linear or _key(layer_class) in _BITSANDBYTES
+
+
+def _key(layer_class: type) -> tuple[str, str]:
+    return layer_class.__module__, layer_class.__qualname__
+
+
+def converts(layer: nn.Module) -> bool:
+    """True for a layer on bitsandbytes; a swapped class keeps its names."""
+    return _key(type(layer)) in _BITSANDBYTES
+
+
+def converted(layer: nn.Module, x: Tensor) -> Tensor:
+    """x as the layer uses it: in fp32 around a base of bitsandbytes outside autocast."""
+    return x.float() if converts(layer) and not torch.is_autocast_enabled() else x
 
 
 def scales_input(layer: Any) -> bool:
@@ -69,7 +87,13 @@ def why_original(layer: Any, x: Tensor) -> Reason | None:
             return Reason("active adapters differ in dtype")
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return Reason(f"input shape {tuple(x.shape)} does not fit the weight")
-    if scales_input(layer) and torch.promote_types(x.dtype, first.dtype) != first.dtype:
+    if converts(layer):
+        if torch.promote_types(converted(layer, x).dtype, first.dtype) == torch.float32:
+            return None
+        return Reason("bitsandbytes under autocast")
+    if not scales_input(layer):
+        return None
+    if torch.promote_types(x.dtype, first.dtype) != first.dtype:
         return Reason(f"PEFT rounds an input of {x.dtype} to the adapter's {first.dtype}")
     return None
 

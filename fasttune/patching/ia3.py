@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttune import _torch
@@ -21,12 +22,12 @@ _TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
-    """Swap every (IA)^3 Linear; convolutions and quantised layers are named in the report."""
+    """Swap every (IA)^3 Linear; convolutions are named in the report."""
     for name, layer in peft_ia3.ia3_layers(session.model):
         original = swap.original_class(layer)
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
-        elif not peft_ia3.is_linear(original):
+        elif not peft_ia3.is_linear_like(original):
             session.skip(KIND, name, f"(IA)^3 on {original.__name__} is not fused yet")
         elif KIND in swap.kinds_of(layer):
             state.of(layer, KIND).strict = session.strict
@@ -38,10 +39,11 @@ def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> An
     reason = _why_original(layer, x, args, kwargs)
     if reason is None:
         scale = peft_ia3.scale(list(peft_ia3.active_vectors(layer).values()))
+        given = peft_ia3.converted(layer, x)
         if peft_ia3.scales_input(layer):
-            return _scaled_input(layer, x, scale)
-        base = layer.base_layer(x)
-        reason = _why_base_output(base, scale)
+            return _scaled_input(layer, given, scale)
+        base = layer.base_layer(given)
+        reason = _why_base_output(layer, base, scale)
         if reason is None:
             y = apply_ia3_scale(base, scale)
             state.note_output(state.of(layer, KIND), y)
@@ -79,12 +81,15 @@ def _why_original(
     return _TOO_SMALL if ia3_too_small(x, features, casts=dtype != x.dtype) else None
 
 
-def _why_base_output(base: Any, scale: Tensor) -> Reason | None:
+def _why_base_output(layer: Any, base: Any, scale: Tensor) -> Reason | None:
     """Why what a base layer returned cannot be scaled; that layer then runs twice, in PEFT's."""
     if type(base) is not Tensor or base.dtype not in guard.FLOATS or base.device != scale.device:
         return Reason("its base layer returns other than a plain float tensor on x's device")
     if base.dim() == 0 or base.shape[-1] != scale.shape[0]:
         return Reason(f"its base layer returns {tuple(base.shape)} for {scale.shape[0]} factors")
+    wider = torch.promote_types(base.dtype, scale.dtype)
+    if peft_ia3.converts(layer) and wider != base.dtype:
+        return Reason(f"PEFT returns {wider} where the base layer returns {base.dtype}")
     return None
 
 

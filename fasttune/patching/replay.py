@@ -233,7 +233,7 @@ def _ia3_variants(layer: Any, x: Tensor) -> _Variants | None:
             return None
     else:
         with torch.no_grad(), swap.stock():  # the base runs once more, and stays fixed
-            base = layer.base_layer(x)
+            base = layer.base_layer(peft_ia3.converted(layer, x))
 
     def scale(values: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         own = {**vectors, **dict(zip(leaves, values, strict=True))}

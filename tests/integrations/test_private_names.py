@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import tiny_llama, with_lora
 from torch.nn.modules import module as torch_module
@@ -73,6 +74,20 @@ def test_peft_ia3_linear() -> None:
         "result = (result * ia3_scaling).to(result_dtype)",
     ):
         assert line in source, line
+
+
+def test_peft_ia3_on_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft.tuners.ia3.bnb import Linear4bit, Linear8bitLt
+
+    for layer in (Linear4bit, Linear8bitLt):
+        source = inspect.getsource(layer.forward)
+        for line in (
+            "(not torch.is_autocast_enabled()) and (x.dtype != torch.float32)",
+            "result = self.base_layer(x * ia3_scaling)",
+            "result = result * ia3_scaling",
+        ):
+            assert line in source, line
 
 
 def test_peft_copies_the_config_to_the_injected_model() -> None:

@@ -338,6 +338,60 @@ def test_an_eight_bit_base_of_torchao(feedforward: bool) -> None:
     assert fused(model) == 1
 
 
+def on_bitsandbytes(bits: int, dtype: torch.dtype) -> Any:
+    """A tiny Llama whose targets are quantised, then (IA)^3."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def quantise(linear: nn.Linear) -> nn.Module:
+        shape, data = (linear.in_features, linear.out_features), linear.weight.data
+        if bits == 4:
+            layer = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4")
+            layer.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4")
+        else:
+            layer = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+            layer.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False)
+        return layer.to("cpu")
+
+    base: Any = tiny_llama(hidden_size=128, intermediate_size=128).to(dtype)
+    for block in base.model.layers:
+        for parent, name in ((block.self_attn, "k_proj"), (block.self_attn, "v_proj"),
+                             (block.mlp, "down_proj")):  # fmt: skip
+            setattr(parent, name, quantise(getattr(parent, name)))
+    setattr(base, f"is_loaded_in_{bits}bit", True)
+    return away_from_one(get_peft_model(base, IA3Config(**TARGETS))).train()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bases_of_bitsandbytes(bits: int, batch: dict[str, Tensor]) -> None:
+    stock, model = (on_bitsandbytes(bits, FP32) for _ in range(2))
+    names = {type(layer).__name__ for layer in ia3_layers(model)}
+    assert names == {"Linear4bit" if bits == 4 else "Linear8bitLt"}
+    fasttune.patch(model, kinds={"ia3"}, strict=True)
+    expected, ours = step(stock, batch), step(model, batch)
+    # Eight bits quantise the input row by row: a value on the other side of a step moves by 1 / 254
+    # of the row's largest.
+    assert_same(ours, expected, 5e-5 if bits == 4 else 1 / 254)
+    assert fused(model) == 6
+
+
+@BOTH
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_layer_on_bitsandbytes_in_bf16(bits: int, feedforward: bool) -> None:
+    """PEFT converts to fp32 around such a base, and so does the fused layer, bit for bit."""
+    block = on_bitsandbytes(bits, BF16).base_model.model.model.layers[0]
+    layer = block.mlp.down_proj if feedforward else block.self_attn.k_proj
+    model, x = nn.Sequential(layer), torch.randn(2, 9, 128).to(BF16)
+    stock = layer_step(model, x)
+    ours = layer_step(fasttune.patch(model, kinds={"ia3"}, strict=True), x)
+    assert fused(model) == 1 and ours["y"].dtype == stock["y"].dtype
+    assert torch.equal(ours["y"], stock["y"])
+    assert_same(ours, stock, 1e-2)
+    if not feedforward:
+        fasttune.verify(
+            model, x, loss_fn=lambda m, b: m(b.requires_grad_()).float().square().mean()
+        )
+
+
 # ---------------------------------------------------------------------------- not covered
 
 
