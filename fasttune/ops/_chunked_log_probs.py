@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fasttune.ops._chunked_head import Head, allocate, chunk_rows, logits_buffer
+from fasttune.ops._chunked_head import Gradients, Head, allocate, chunk_rows, logits_buffer
 from fasttune.ops._row_loss import CrossEntropy
 
 
@@ -21,17 +21,25 @@ def forward_with(
     targets: Tensor,  # [M]
     dtype: torch.dtype,
     options: Sequence[float],
-) -> Tensor:
-    """[M] fp32."""
+    need_dhidden: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """[M] fp32, and the gradient of each row's loss, which is minus that, by hidden [M, H] if
+    needed."""
     loss, keep = _loss(options), _kept(targets, options)
     out = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     rows_hidden, rows_targets = (t if keep is None else t[keep] for t in (hidden, targets))
     found = out if keep is None else out.new_empty(len(keep))
+    into = allocate(rows_hidden, weight, bias, [], [], [need_dhidden, False, False])
     head = Head(prims, weight, bias, [], [], [], [], [], None, dtype)
-    for rows, _, logits in _chunks(head, rows_hidden):
-        found[rows] = loss.rows_(prims, logits, rows_targets[rows], False, False)[0]
+    for rows, chunk, logits in _chunks(head, rows_hidden):
+        found[rows] = loss.rows_(prims, logits, rows_targets[rows], need_dhidden, False)[0]
+        if need_dhidden:
+            head.backward(logits, chunk, [], rows.start, into, rows)
     found.neg_()
-    return found if keep is None else out.index_copy_(0, keep, found)
+    if keep is None:
+        return found, into.flat()
+    _spread(into, hidden, keep)
+    return out.index_copy_(0, keep, found), into.flat()
 
 
 def backward_with(
@@ -55,11 +63,18 @@ def backward_with(
         loss.rows_(prims, logits, rows_targets[rows], True, False)
         logits.mul_(-factors[rows, None])
         head.backward(logits, chunk, [], rows.start, into, rows)
-    if into.hidden is not None and keep is not None:
-        into.hidden = torch.zeros_like(hidden).index_copy_(0, keep, into.hidden)
+    if keep is not None:
+        _spread(into, hidden, keep)
     if into.weight is not None:
         into.weight = into.weight.to(weight.dtype)
     return into.flat()
+
+
+def _spread(into: Gradients, hidden: Tensor, keep: Tensor) -> None:
+    """Ignored rows get a gradient of 0."""
+    if into.hidden is not None:
+        rows = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        into.hidden = rows.index_copy_(0, keep, into.hidden)
 
 
 def _loss(options: Sequence[float]) -> CrossEntropy:

@@ -7,12 +7,14 @@ Maths, for each chunk of rows (_chunked_head.py), z = softcap tanh(logit_scale l
     dlogits_i = dy_i d y_i / d logits_i, stored as C
     dh = dlogits W,   dW = dlogits^T h,   dbias = sum dlogits
 
-The incoming gradient differs by row and is known only in backward, so the logits are computed a
-second time there. Saved for backward: h, targets and parameters.
+The incoming gradient differs by row and is known only in backward. If only h needs a gradient, its
+rows for dy = -1 are computed in the forward, while the logits exist, and backward scales them: they
+are all that is saved. If the head trains, the logits are computed a second time in backward: h,
+targets and parameters are saved.
 
 Precision: C is the autocast dtype under autocast, else the dtype of h. Everything between the
 logits and y is fp32; dW and dbias accumulate in fp32. Each gradient is rounded once to the dtype of
-its tensor.
+its tensor, dh of a frozen head once more when it is scaled.
 
 Semantics: ``torch.log_softmax`` of upcast logits, gathered at the targets.
 """
@@ -37,8 +39,10 @@ _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 _FACTS = "ScalarType compute_dtype, float[] options"
 
 
-def _forward_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape[0], dtype=accumulator(rest[2]))
+def _forward_fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor]]:
+    y = hidden.new_empty(hidden.shape[0], dtype=accumulator(rest[2]))
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return y, [dhidden] if rest[-1] else []
 
 
 def _backward_fake(gradient: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> list[Tensor]:
@@ -52,7 +56,9 @@ def _backward_fake(gradient: Tensor, hidden: Tensor, weight: Tensor, *rest: Any)
 
 
 FORWARD = _registry.define(
-    "linear_log_probs_fwd", f"({_TENSORS}, {_FACTS}) -> Tensor", _forward_fake
+    "linear_log_probs_fwd",
+    f"({_TENSORS}, {_FACTS}, bool need_dhidden) -> (Tensor, Tensor[])",
+    _forward_fake,
 )
 BACKWARD = _registry.define(
     "linear_log_probs_bwd",
@@ -75,6 +81,18 @@ def _formula(
     if bias is not None:
         logits = logits + bias.to(wide)
     return -CrossEntropy(int(options[0]), *options[1:]).reference(logits, targets)[0]
+
+
+def _forward_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    *facts, need_dhidden = rest
+    if not need_dhidden:
+        return _formula(hidden, weight, bias, *facts), []
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        y = _formula(leaf, weight.detach(), None if bias is None else bias.detach(), *facts)
+        return y.detach(), list(torch.autograd.grad(-y.sum(), leaf))
 
 
 def _backward_reference(gradient: Tensor, *args: Any) -> list[Tensor]:
@@ -104,7 +122,7 @@ def _with_triton(run: Any, *args: Any) -> Any:
 
 
 for _op, _run, _plain in (
-    (FORWARD, forward_with, _formula),
+    (FORWARD, forward_with, _forward_reference),
     (BACKWARD, backward_with, _backward_reference),
 ):
     _op.backend("cpu", _cpu_supports)(partial(_run, _native))
@@ -119,14 +137,16 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, facts: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Any
     ) -> Any:
-        args = (hidden, weight, bias, targets, *facts)
+        ctx.needs = list(ctx.needs_input_grad[1:4])
+        ctx.scales = ctx.needs == [True, False, False]
+        args = (hidden, weight, bias, targets, *facts, ctx.scales)
         dispatched = _registry.must_dispatch((hidden, weight, bias))
         ctx.backend = None if dispatched else FORWARD.select(*args)
-        y = FORWARD.registered(*args) if ctx.backend is None else ctx.backend.run(*args)
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        y, rows = FORWARD.registered(*args) if ctx.backend is None else ctx.backend.run(*args)
+        ctx.save_for_backward(*(rows if ctx.scales else (hidden, weight, bias, targets)))
         ctx.set_materialize_grads(False)
-        ctx.saved_bytes = hidden.nbytes + targets.nbytes
-        ctx.facts, ctx.needs = facts, list(ctx.needs_input_grad[1:4])
+        ctx.saved_bytes = hidden.nbytes + (0 if ctx.scales else targets.nbytes)
+        ctx.facts = facts
         return y
 
     @staticmethod
@@ -135,6 +155,9 @@ class _LinearLogProbs(torch.autograd.Function):
         if gradient is None:
             return (None,) * 5
         saved = ctx.saved_tensors
+        if ctx.scales:
+            (rows,) = saved
+            return None, (rows * -gradient[:, None]).to(rows.dtype), None, None, None
         run = BACKWARD.registered
         if ctx.backend is not None:
             run = BACKWARD.backends[ctx.backend.name].run

@@ -1,5 +1,6 @@
 """What linear_log_probs launches, for :mod:`fasttune.testing.costs`: for each chunk of rows the
-head's product and the row loss, in backward the product again and those of the gradients.
+head's product and the row loss; of a frozen head the product of the gradient too, otherwise in
+backward the first product again and those of the gradients.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ def _logits(h: int, head: int, logits: int) -> Launch:
 
 
 def _forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
-    hidden, weight, bias, _, dtype, _ = args
+    hidden, weight, bias, _, dtype, _, need_dhidden = args
     head = tensor_bytes(weight) + (0 if bias is None else tensor_bytes(bias))
     launches = []
     for rows, logits, h in _chunks(hidden, weight, dtype):
         launches.append(_logits(h, head, logits))
-        reads = logits + rows * _INT64_BYTES
-        launches.append(Launch("fasttune::cross_entropy_rows_", reads, rows * _FP32_BYTES))
+        reads = logits * (1 + need_dhidden) + rows * _INT64_BYTES
+        written = logits * need_dhidden + rows * _FP32_BYTES
+        launches.append(Launch("fasttune::cross_entropy_rows_", reads, written))
+        if need_dhidden:
+            launches.append(Launch("aten::mm", logits + tensor_bytes(weight), h, gemm=True))
     return launches
 
 

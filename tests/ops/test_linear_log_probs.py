@@ -60,9 +60,23 @@ def test_nothing_of_the_size_of_the_logits_is_kept() -> None:
     ours = accounting.count(lambda h: linear_log_probs(h, weight, targets), hidden)
     theirs = accounting.count(stock, hidden)
     assert ours.total.opaque.calls == 0
-    assert ours.saved_bytes == weight.nbytes + targets.nbytes  # the hidden states are an argument
+    assert ours.saved_bytes == hidden.nbytes
     assert theirs.saved_bytes > weight.nbytes + 1024 * 128_256 * 4
-    assert sum(launch.gemm for launch in ours.total.launches) == 3  # stock's two, and one again
+    assert sum(launch.gemm for launch in ours.total.launches) == 2
+    weight.requires_grad_()
+    trained = accounting.count(lambda h, w: linear_log_probs(h, w, targets), hidden, weight)
+    assert trained.saved_bytes == targets.nbytes  # the others are arguments
+    assert sum(launch.gemm for launch in trained.total.launches) == 4  # the logits twice
+
+
+def test_a_frozen_head_gives_the_gradient_of_a_trained_one() -> None:
+    hidden, weight, targets = tensors()
+    dy = torch.randn(150)
+    gradients = [
+        torch.autograd.grad(linear_log_probs(hidden, w, targets), hidden, dy)[0]
+        for w in (weight, weight.detach())
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
 def test_vmap_and_second_derivatives() -> None:

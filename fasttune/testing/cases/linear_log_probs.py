@@ -98,5 +98,9 @@ _EXACT = replace(_BASE, dtype=FP64, lead=(5,), hidden=6, vocab=11, bias=True, tr
 CASES += [
     Case(f"linear_log_probs-{name}", "linear_log_probs", partial(_build, setting),
          backends=("reference",))
-    for name, setting in (("fp64", _EXACT), ("softcap-fp64", replace(_EXACT, softcap=3.0)))
+    for name, setting in (
+        ("fp64", _EXACT),
+        ("softcap-fp64", replace(_EXACT, softcap=3.0)),
+        ("frozen-head-fp64", replace(_EXACT, train_head=False)),
+    )
 ]  # fmt: skip
