@@ -87,13 +87,13 @@ def why_original(layer: Any, x: Tensor) -> Reason | None:
             return Reason("active adapters differ in dtype")
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
         return Reason(f"input shape {tuple(x.shape)} does not fit the weight")
-    if converts(layer):
-        if torch.promote_types(converted(layer, x).dtype, first.dtype) == torch.float32:
-            return None
-        return Reason("bitsandbytes under autocast")
     if not scales_input(layer):
         return None
-    if torch.promote_types(x.dtype, first.dtype) != first.dtype:
+    given = converted(layer, x).dtype
+    wider = torch.promote_types(given, first.dtype)
+    if converts(layer):
+        return None if wider == given else Reason(f"PEFT passes {wider} to its base layer")
+    if wider != first.dtype:
         return Reason(f"PEFT rounds an input of {x.dtype} to the adapter's {first.dtype}")
     return None
 

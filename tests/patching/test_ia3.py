@@ -392,6 +392,23 @@ def test_one_layer_on_bitsandbytes_in_bf16(bits: int, feedforward: bool) -> None
         )
 
 
+@BOTH
+def test_bitsandbytes_under_autocast_of_a_gpu(
+    feedforward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There PEFT does not convert, and keeps the dtype of the product."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device)
+    block = on_bitsandbytes(4, BF16).base_model.model.model.layers[0]
+    layer = block.mlp.down_proj if feedforward else block.self_attn.k_proj
+    model, x = nn.Sequential(layer), torch.randn(2, 9, 128).to(BF16)
+    stock = layer_step(model, x)
+    ours = layer_step(fasttune.patch(model, kinds={"ia3"}), x)
+    assert all(torch.equal(ours[name], value) for name, value in stock.items())
+    assert stock["y"].dtype == FP32
+    (reason,) = fasttune.report(model)["ia3"].original
+    assert reason.startswith("PEFT passes" if feedforward else "PEFT returns")
+
+
 # ---------------------------------------------------------------------------- not covered
 
 
