@@ -166,6 +166,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "ia3_scale_backward",
+      [](const Matrix& dy, const Matrix& x, uintptr_t scale, const MutableMatrix* dx,
+         const ColumnSums& dscale, int threads) {
+        kernels().ia3_scale_backward(dy, x, pointer<const float>(scale), dx, dscale, threads);
+      },
+      release());
+  m.def(
       "glu_forward",
       [](const Matrix& gate, const Matrix& up, const MutableMatrix& y, int activation,
          int threads) {

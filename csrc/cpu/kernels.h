@@ -171,6 +171,10 @@ struct Kernels {
   void (*scaled_sum)(const Matrix& x, const Matrix* addend, const float* column_scale, float scale,
                      const Dropout& dropout, const MutableMatrix& out, int threads);
 
+  // dx [M, N] = dy scale in the dtype of dy, or null, and dscale [N] = sum_m dy x; scale [N] fp32.
+  void (*ia3_scale_backward)(const Matrix& dy, const Matrix& x, const float* scale,
+                             const MutableMatrix* dx, const ColumnSums& dscale, int threads);
+
   // The loss of each row of logits [C, V]; with need_grad the row becomes its gradient.
   void (*cross_entropy_rows)(const MutableMatrix& logits, const int64_t* targets,
                              const RowLossOptions& options, const RowLossOutputs& outputs,

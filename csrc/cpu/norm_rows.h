@@ -1,5 +1,5 @@
-// What rms_norm and layer_norm share: vectors of a run-time dtype, the partial vector at the end of
-// a row, sums over a row in one fixed order, column sums over all rows.
+// What rms_norm, layer_norm and ia3_scale share: vectors of a run-time dtype, the partial vector at
+// the end of a row, sums over a row in one fixed order, column sums over all rows.
 #pragma once
 
 #include <algorithm>

@@ -3,6 +3,7 @@
 #include "attention.h"
 #include "bias_activation.h"
 #include "glu.h"
+#include "ia3_scale.h"
 #include "layer_norm.h"
 #include "linear_cross_entropy.h"
 #include "lora_linear.h"
@@ -21,6 +22,7 @@ const Kernels& table() {
                                drop,
                                lora_expand,
                                scaled_sum,
+                               ia3_scale_backward,
                                cross_entropy_rows,
                                glu_forward,
                                glu_backward,

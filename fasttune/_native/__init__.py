@@ -20,6 +20,7 @@ from fasttune._native.bias_activation import (
     column_sum,
 )
 from fasttune._native.glu import glu_backward, glu_forward
+from fasttune._native.ia3_scale import ia3_scale_backward
 from fasttune._native.layer_norm import (
     add_layer_norm_forward,
     layer_norm_backward,
@@ -57,6 +58,7 @@ __all__ = [
     "free_scratch",
     "glu_backward",
     "glu_forward",
+    "ia3_scale_backward",
     "layer_norm_backward",
     "layer_norm_forward",
     "lora_down",

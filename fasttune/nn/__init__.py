@@ -5,6 +5,7 @@ from fasttune.nn.bottleneck import BottleneckAdapter
 from fasttune.nn.lora import LoraLinear
 from fasttune.nn.loss import LinearCrossEntropyLoss
 from fasttune.nn.mlp import MLP, GatedMLP
+from fasttune.nn.multiple_choice import MultipleChoiceLoss
 from fasttune.nn.norms import LayerNorm, RMSNorm
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "LoraLinear",
+    "MultipleChoiceLoss",
     "RMSNorm",
 ]

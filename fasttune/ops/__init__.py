@@ -8,8 +8,10 @@ from fasttune.ops.bias_activation import bias_activation
 from fasttune.ops.bottleneck import bottleneck
 from fasttune.ops.dora_linear import dora_linear, dora_weight_norm
 from fasttune.ops.glu import glu
+from fasttune.ops.ia3_scale import ia3_scale
 from fasttune.ops.layer_norm import add_layer_norm, layer_norm
 from fasttune.ops.linear_cross_entropy import TokenStats, linear_cross_entropy
+from fasttune.ops.linear_log_probs import linear_log_probs
 from fasttune.ops.lora_linear import LoraBranch, LoraProjection, lora_linear, lora_linear_group
 from fasttune.ops.lora_segmented import lora_segmented
 from fasttune.ops.replaced_rows import embedding_with_rows, linear_with_rows
@@ -31,8 +33,10 @@ __all__ = [
     "dora_weight_norm",
     "embedding_with_rows",
     "glu",
+    "ia3_scale",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_log_probs",
     "linear_with_rows",
     "lora_linear",
     "lora_linear_group",

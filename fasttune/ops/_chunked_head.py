@@ -29,7 +29,7 @@ def chunk_rows(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
 
 
 @dataclass
-class _Gradients:
+class Gradients:
     """What the forward accumulates; None where it is not needed."""
 
     hidden: Tensor | None
@@ -51,7 +51,7 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """The head and its LoRA branches, as a backend's chunks see them."""
 
     prims: ModuleType
@@ -120,7 +120,7 @@ class _Head:
         hidden: Tensor,
         ts: list[Tensor],
         row: int,
-        into: _Gradients,
+        into: Gradients,
         rows: slice,
     ) -> None:
         """Adds the gradients of a chunk, given d loss / d logits [rows, V]."""
@@ -189,7 +189,7 @@ def chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, list
     ) = args
     loss_fn = CrossEntropy(int(options[0]), *options[1:])
     scales = [s * _dropout.keep_scale(k) for s, k in zip(scalings, thresholds, strict=True)]
-    head = _Head(prims, weight, bias, a, b, scaling_tensors, scales, thresholds, seed, dtype)
+    head = Head(prims, weight, bias, a, b, scaling_tensors, scales, thresholds, seed, dtype)
     keep = None
     if hidden.device.type == "cpu" and not any(thresholds):
         valid = targets != loss_fn.ignore_index
@@ -197,12 +197,12 @@ def chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, list
             keep = valid.nonzero()[:, 0]
     rows_hidden = hidden if keep is None else hidden[keep]
     rows_targets = targets if keep is None else targets[keep]
-    into = _allocate(rows_hidden, weight, bias, a, b, needs)
+    into = allocate(rows_hidden, weight, bias, a, b, needs)
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     correct, entropy = torch.zeros_like(loss), torch.zeros_like(loss)
     total, vocab = rows_hidden.shape[0], weight.shape[0]
     size = chunk_rows(total, vocab, dtype.itemsize, hidden.device.type)
-    buffer = _logits_buffer(size, vocab, dtype, hidden.device)
+    buffer = logits_buffer(size, vocab, dtype, hidden.device)
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))
         chunk = rows_hidden[rows]
@@ -222,19 +222,19 @@ def chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, list
     return loss, correct, entropy, into.flat()
 
 
-def _allocate(
+def allocate(
     hidden: Tensor,
     weight: Tensor,
     bias: Any,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     needs: Sequence[bool],
-) -> _Gradients:
+) -> Gradients:
     def zeros(like: Tensor, wanted: bool) -> Tensor | None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device) if wanted else None
 
     k = len(a)
-    return _Gradients(
+    return Gradients(
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None,
         zeros(weight, needs[1]),
         None if bias is None else zeros(bias, needs[2]),
@@ -243,7 +243,7 @@ def _allocate(
     )
 
 
-def _logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return _native.scratch("logits", rows, vocab, dtype)
     return torch.empty(rows, vocab, dtype=dtype, device=device)

@@ -33,6 +33,8 @@ class Limits:
         attention_scores: B x Hq x S x T.
         logits: rows x vocabulary of the head below a loss.
         bottleneck: input of a bottleneck adapter with a trained scale and without dropout.
+        ia3: activations that (IA)^3 scales.
+        ia3_cast: the same where they differ from the vector in dtype, so that PEFT casts them.
     """
 
     lora_dropout: int = 1 << 16
@@ -46,6 +48,8 @@ class Limits:
     attention_scores: int = 1 << 16
     logits: int = 1 << 18
     bottleneck: int = 1 << 21
+    ia3: int = 1 << 20
+    ia3_cast: int = 1 << 18
 
 
 NO_LIMITS = Limits(*(0 for _ in fields(Limits)))
@@ -112,6 +116,19 @@ def row_wise_too_small(operations: int, x: Tensor) -> bool:
     """
     limit = limits.kernels if operations > 1 else limits.one_kernel
     return x.is_cpu and x.numel() < limit and _registry.forced_backend() is None
+
+
+def ia3_too_small(x: Tensor, features: int, *, casts: bool) -> bool:
+    """True if torch's kernels are faster for (IA)^3 on a layer of this input.
+
+    Args:
+        x: [*, K], the input of the layer.
+        features: of the activations that are scaled.
+        casts: they differ from the vector in dtype.
+    """
+    limit = limits.ia3_cast if casts else limits.ia3
+    elements = x.numel() // max(x.shape[-1], 1) * features
+    return x.is_cpu and elements < limit and _registry.forced_backend() is None
 
 
 def mlp_too_small(x: Tensor) -> bool:

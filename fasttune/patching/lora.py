@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft
+from fasttune.integrations import peft, peft_ia3
 from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
@@ -49,7 +49,8 @@ def patch_layers(session: Session) -> None:
     else:
         groups.forget(layer for family in families.values() for layer in family)
     for name, layer in peft.other_tuner_layers(session.model):
-        session.skip(KIND, name, f"PEFT method {type(layer).__name__} is not fused yet")
+        if not peft_ia3.is_ia3(layer):  # a kind of their own
+            session.skip(KIND, name, f"PEFT method {type(layer).__name__} is not fused yet")
 
 
 def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

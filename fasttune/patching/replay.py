@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from fasttune import _registry, _torch
 from fasttune.errors import VerificationError
-from fasttune.integrations import peft
+from fasttune.integrations import peft, peft_ia3
 from fasttune.ops import LoraProjection, _dropout
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
 from fasttune.ops.dora_linear import apply_dora
+from fasttune.ops.ia3_scale import apply_ia3_scale
 from fasttune.ops.lora_linear import apply_group
-from fasttune.patching import activation, lora, loss, norm, probe, state, swap
+from fasttune.patching import activation, ia3, lora, loss, norm, probe, state, swap
 from fasttune.patching.step import LossFn, run_loss
 
 # Both sides make the same number of roundings, in another order: the maximum over many elements of
@@ -46,6 +47,7 @@ class _Variants:
         fused, stock: of the leaves in their dtypes.
         truth: of fp64 copies of x and the leaves.
         depth: terms of the longest sum in forward or backward.
+        x: what stands for the layer's input, if not that itself.
     """
 
     leaves: dict[str, Tensor]
@@ -53,10 +55,11 @@ class _Variants:
     stock: Callable[[Tensor, Sequence[Tensor]], Tensor]
     truth: Callable[[Tensor, Sequence[Tensor]], Tensor]
     depth: int
+    x: Tensor | None = None
 
 
 def check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[LayerCheck]:
-    """Run a step and replay every fused LoRA layer, norm and activation once.
+    """Run a step and replay every fused LoRA and (IA)^3 layer, norm and activation once.
 
     Raises:
         VerificationError: a tensor of a layer deviates.
@@ -65,14 +68,21 @@ def check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[L
     seen: set[str] = set()
     failures: list[VerificationError] = []
 
-    def watch(kind: str) -> Any:
+    def watch(kind: str, calls_before: int) -> Any:
         def after(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            name = state.of(layer, kind).name
-            if name in seen or not isinstance(output, Tensor) or not _is_ours(output.grad_fn):
+            record = state.of(layer, kind)
+            name = record.name
+            if name in seen or not isinstance(output, Tensor) or not output.requires_grad:
+                return
+            # (IA)^3 of an input ends in torch's product, whose node is not ours.
+            counted = kind == ia3.KIND and record.fused_calls > calls_before
+            if not (counted or _is_ours(output.grad_fn)):
                 return
             seen.add(name)
-            x = args[0].detach()
-            variants = _VARIANTS[kind](layer, x)
+            variants = _VARIANTS[kind](layer, args[0].detach())
+            if variants is None:
+                return
+            x = args[0].detach() if variants.x is None else variants.x
             dtype = _torch.autocast_dtype(x.device.type)
 
             def replay(dy: Tensor) -> None:
@@ -86,7 +96,7 @@ def check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[L
         return after
 
     handles = [
-        module.register_forward_hook(watch(kind))
+        module.register_forward_hook(watch(kind, state.of(module, kind).fused_calls))
         for module in model.modules()
         for kind in swap.kinds_of(module)
         # A hook on the head would send the loss down the original path; the step covers it.
@@ -212,8 +222,43 @@ def _activation_variants(layer: nn.Module, x: Tensor) -> _Variants:
     )
 
 
-_VARIANTS: dict[str, Callable[[nn.Module, Tensor], _Variants]] = {
+def _ia3_variants(layer: Any, x: Tensor) -> _Variants | None:
+    """Of the scale and, where it is applied to the input, the product behind it."""
+    vectors = peft_ia3.active_vectors(layer)
+    leaves = {name: vector for name, vector in vectors.items() if vector.requires_grad}
+    weight = bias = base = None
+    if peft_ia3.scales_input(layer):
+        weight, bias = peft.plain_weight(layer), layer.base_layer.bias
+        if weight is None:  # an opaque base has no formula; the step covers it
+            return None
+    else:
+        with torch.no_grad(), swap.stock():  # the base runs once more, and stays fixed
+            base = layer.base_layer(peft_ia3.converted(layer, x))
+
+    def scale(values: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        own = {**vectors, **dict(zip(leaves, values, strict=True))}
+        return peft_ia3.scale([v if dtype is None else v.to(dtype) for v in own.values()])
+
+    def product(scaled: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if weight is None:
+            return scaled
+        factors = [t if t is None or dtype is None else t.to(dtype) for t in (weight, bias)]
+        return nn.functional.linear(scaled, *factors)  # type: ignore[arg-type]
+
+    wide = torch.float64
+    return _Variants(
+        {f"ia3_l[{name!r}]": vector for name, vector in leaves.items()},
+        fused=lambda x, v: product(apply_ia3_scale(x, scale(v))),
+        stock=lambda x, v: product((x * scale(v)).to(x.dtype)),
+        truth=lambda x, v: product(x * scale(v, wide), wide),
+        depth=max(layer.in_features, layer.out_features, x.numel() // max(x.shape[-1], 1)),
+        x=base,
+    )
+
+
+_VARIANTS: dict[str, Callable[[nn.Module, Tensor], _Variants | None]] = {
     lora.KIND: _lora_variants,
+    ia3.KIND: _ia3_variants,
     norm.KIND: _norm_variants,
     activation.KIND: _activation_variants,
 }

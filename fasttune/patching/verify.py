@@ -1,9 +1,9 @@
 """verify: proves on the user's own batch that a patched model computes what stock computes.
 
-1. Every fused LoRA layer, norm and activation is replayed on the input and the output gradient that
-   it had in a real step, with its dropout, in fp64 (one layer at a time: a whole fp64 copy of a
-   large model does not fit). Its error may be at most twice that of stock's formula in the same
-   dtype with the same mask, plus a floor of two roundings (replay.py).
+1. Every fused LoRA or (IA)^3 layer, norm and activation is replayed on the input and the output
+   gradient that it had in a real step, with its dropout, in fp64 (one layer at a time: a whole fp64
+   copy of a large model does not fit). Its error may be at most twice that of stock's formula in
+   the same dtype with the same mask, plus a floor of two roundings (replay.py).
 2. The whole step, with LoRA dropout off, is compared with the stock step: the loss and the gradient
    of every parameter. What counts as equal is measured: stock runs again with one rounding error
    added to the output of each patched layer, and fasttune may differ from stock by at most
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fasttune.errors import PatchError, VerificationError
 from fasttune.ops.policy import no_limits
-from fasttune.patching import activation, attention, lora, loss, mlp, norm, swap, tokens
+from fasttune.patching import activation, attention, ia3, lora, loss, mlp, norm, swap, tokens
 from fasttune.patching.engine import is_patched
 from fasttune.patching.replay import LayerCheck, check_layers
 from fasttune.patching.report import render
@@ -179,6 +179,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
 
     patched = (
         lora.KIND,
+        ia3.KIND,
         loss.HEAD,
         norm.KIND,
         mlp.KIND,

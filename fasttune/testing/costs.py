@@ -17,6 +17,8 @@ from fasttune.ops._chunked_head import chunk_rows
 from fasttune.testing import (  # noqa: F401  each registers its own
     costs_activations,
     costs_attention,
+    costs_ia3_scale,
+    costs_linear_log_probs,
     costs_norms,
     costs_rope,
 )

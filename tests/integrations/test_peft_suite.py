@@ -21,9 +21,9 @@ FILES = (
     *("test_custom_models.py", "test_mixed.py", "test_lorafa.py", "test_loraplus.py"),
     *("test_bdlora.py", "test_velora.py"),
 )
-# What concerns LoRA in files about all methods.
-SELECTED = "lora and not adalora"
-LEAST_PASSED = 5000
+# What concerns LoRA and (IA)^3 in files about all methods.
+SELECTED = "(lora and not adalora) or ia3"
+LEAST_PASSED = 6000
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +81,8 @@ def test_no_test_that_passes_stock_is_lost(suite: Path) -> None:
         assert failed - also_stock == set()
 
 
-@pytest.mark.slow
-def test_the_plugin_fuses_and_would_be_noticed(suite: Path, tmp_path: Path) -> None:
-    """A wrong scaling in the fused path makes tests of the suite fail."""
-    (tmp_path / "wrong_scaling.py").write_text(
+WRONG = {
+    "lora": (
         "import dataclasses\n"
         "import patched_models\n"
         "from fasttune.integrations import peft\n"
@@ -92,12 +90,26 @@ def test_the_plugin_fuses_and_would_be_noticed(suite: Path, tmp_path: Path) -> N
         "peft.branches = lambda layer: tuple(\n"
         "    dataclasses.replace(branch, scaling=branch.scaling * 2) for branch in right(layer)\n"
         ")\n"
-    )
+    ),
+    "ia3": (
+        "import patched_models\n"
+        "from fasttune.integrations import peft_ia3\n"
+        "right = peft_ia3.scale\n"
+        "peft_ia3.scale = lambda vectors: 2 * right(vectors)\n"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WRONG)
+def test_the_plugin_fuses_and_would_be_noticed(method: str, suite: Path, tmp_path: Path) -> None:
+    """A wrong scaling in the fused path makes tests of the suite fail."""
+    (tmp_path / "wrong_scaling.py").write_text(WRONG[method])
     before = os.environ.get("PYTHONPATH", "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), before]))
         _, failed = run(
-            suite, "tests/test_custom_models.py", "-k", "lora and test_merge_layers and MLP",
+            suite, "tests/test_custom_models.py", "-k", f"{method} and test_merge_layers and MLP",
             "-p", "wrong_scaling", patched=True,
         )  # fmt: skip
     assert failed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
+import pytest
 import torch
 from tiny_models import tiny_llama, with_lora
 from torch.nn.modules import module as torch_module
@@ -50,6 +52,42 @@ def test_peft_lora_linear() -> None:
         "result = result.to(torch_result_dtype)",
     ):
         assert line in source, line
+
+
+def test_peft_ia3_linear() -> None:
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    model: Any = get_peft_model(tiny_llama(), config)
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    for name in ("base_layer", "ia3_l", "is_feedforward", "in_features", "out_features",
+                 "active_adapters", "disable_adapters", "merged"):  # fmt: skip
+        assert hasattr(layer, name), name
+    source = inspect.getsource(type(layer).forward)
+    # The lines whose meaning patching/ia3.py reproduces.
+    for line in (
+        "ia3_scaling *= self.ia3_l[active_adapter].flatten()",
+        "dtype = self.ia3_l[active_adapter].dtype",
+        "x = x.to(dtype)",
+        "interm = (x * ia3_scaling).to(previous_dtype)",
+        "result = self.base_layer(interm, *args, **kwargs)",
+        "result = (result * ia3_scaling).to(result_dtype)",
+    ):
+        assert line in source, line
+
+
+def test_peft_ia3_on_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes")
+    from peft.tuners.ia3.bnb import Linear4bit, Linear8bitLt
+
+    for layer in (Linear4bit, Linear8bitLt):
+        source = inspect.getsource(layer.forward)
+        for line in (
+            "(not torch.is_autocast_enabled()) and (x.dtype != torch.float32)",
+            "result = self.base_layer(x * ia3_scaling)",
+            "result = result * ia3_scaling",
+        ):
+            assert line in source, line
 
 
 def test_peft_copies_the_config_to_the_injected_model() -> None:

@@ -1,0 +1,33 @@
+"""The gradients of (IA)^3's scale, in C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasttune._native import _norm
+from fasttune._native._extension import cpu, fp32, matrix, threads
+
+
+def ia3_scale_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, N]
+    scale: Tensor,  # [N]
+    *,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """dx [M, N] = dy scale in dy.dtype (None where not needed), dscale [N] fp32 = sum_m dy x."""
+    rows, cols = x.shape
+    dx = torch.empty(rows, cols, dtype=dy.dtype) if need_dx else None
+    factors = fp32(scale)
+    dscale, sums = _norm.column_sums("ia3_dscale", True, _norm.parts(rows, True), cols)
+    assert dscale is not None
+    cpu().ia3_scale_backward(
+        matrix(dy),
+        matrix(x),
+        factors.data_ptr(),
+        _norm.optional_matrix(dx, mutable=True),
+        sums,
+        threads(),
+    )
+    return dx, dscale

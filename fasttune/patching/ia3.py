@@ -1,0 +1,96 @@
+"""The fused forward of PEFT's (IA)^3 Linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune import _torch
+from fasttune.integrations import peft_ia3
+from fasttune.ops import LoraProjection
+from fasttune.ops.ia3_scale import apply_ia3_scale
+from fasttune.ops.lora_linear import apply_group
+from fasttune.ops.policy import TOO_SMALL, ia3_too_small
+from fasttune.patching import guard, state, swap
+from fasttune.patching.session import EXCLUDED, Session
+from fasttune.reason import Reason
+
+KIND = "ia3"
+_TOO_SMALL = Reason(TOO_SMALL, expected=True)
+
+
+def patch_layers(session: Session) -> None:
+    """Swap every (IA)^3 Linear; convolutions are named in the report."""
+    for name, layer in peft_ia3.ia3_layers(session.model):
+        original = swap.original_class(layer)
+        if not session.chosen(name):
+            session.skip(KIND, name, EXCLUDED)
+        elif not peft_ia3.is_linear_like(original):
+            session.skip(KIND, name, f"(IA)^3 on {original.__name__} is not fused yet")
+        elif KIND in swap.kinds_of(layer):
+            state.of(layer, KIND).strict = session.strict
+        elif not session.refuse(KIND, name, layer):
+            session.swap(layer, name, KIND)
+
+
+def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    reason = _why_original(layer, x, args, kwargs)
+    if reason is None:
+        scale = peft_ia3.scale(list(peft_ia3.active_vectors(layer).values()))
+        given = peft_ia3.converted(layer, x)
+        if peft_ia3.scales_input(layer):
+            return _scaled_input(layer, given, scale)
+        base = layer.base_layer(given)
+        reason = _why_base_output(layer, base, scale)
+        if reason is None:
+            y = apply_ia3_scale(base, scale)
+            state.note_output(state.of(layer, KIND), y)
+            return y
+    if reason is not guard.COMPILED:
+        state.note_fallback(state.of(layer, KIND), reason)
+    return original(layer, x, *args, **kwargs)
+
+
+def _scaled_input(layer: Any, x: Tensor, scale: Tensor) -> Any:
+    """A trained base weight rebuilds its input from x: only x is kept."""
+    scaled = apply_ia3_scale(x, scale)
+    state.note_output(state.of(layer, KIND), scaled)
+    weight = peft_ia3.trained_weight(layer, x)
+    if weight is None:
+        return layer.base_layer(scaled)
+    projection = LoraProjection(weight, layer.base_layer.bias, ())
+    compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
+    return apply_group(scaled, (projection,), compute_dtype)[0]
+
+
+def _why_original(
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Reason | None:
+    reason = guard.why_original(layer, x, args, kwargs)
+    if reason is not None:
+        return reason
+    if kwargs:  # an argument of None still goes to the base layer
+        return guard.EXTRA
+    reason = peft_ia3.why_original(layer, x)
+    if reason is not None:
+        return reason
+    features = layer.in_features if peft_ia3.scales_input(layer) else layer.out_features
+    (dtype, *_) = {vector.dtype for vector in peft_ia3.active_vectors(layer).values()}
+    return _TOO_SMALL if ia3_too_small(x, features, casts=dtype != x.dtype) else None
+
+
+def _why_base_output(layer: Any, base: Any, scale: Tensor) -> Reason | None:
+    """Why what a base layer returned cannot be scaled; that layer then runs twice, in PEFT's."""
+    if type(base) is not Tensor or base.dtype not in guard.FLOATS or base.device != scale.device:
+        return Reason("its base layer returns other than a plain float tensor on x's device")
+    if base.dim() == 0 or base.shape[-1] != scale.shape[0]:
+        return Reason(f"its base layer returns {tuple(base.shape)} for {scale.shape[0]} factors")
+    wider = torch.promote_types(base.dtype, scale.dtype)
+    if peft_ia3.converts(layer) and wider != base.dtype:
+        return Reason(f"PEFT returns {wider} where the base layer returns {base.dtype}")
+    return None
+
+
+swap.register_kind(KIND, _forward)
