@@ -16,13 +16,20 @@ from fasttune.ops._row_loss import CrossEntropy
 
 # Logits of a chunk: on a GPU enough rows to fill it, on a CPU few enough not to show in the peak.
 _LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+# Every chunk reads the head again. With fewer rows than this part of its features, a chunk is bound
+# by that read: 256 rows for the 4096 features of an 8B model.
+_FEATURES_A_ROW = 16
 _ROWS_MULTIPLE = 64
 
 
-def chunk_rows(rows: int, vocab: int, itemsize: int, device_type: str) -> int:
-    """Rows of a chunk: equal chunks, each a multiple of 64 that fits the budget of the device."""
+def chunk_rows(rows: int, features: int, vocab: int, itemsize: int, device_type: str) -> int:
+    """Rows of a chunk: equal chunks, each a multiple of 64 that fits the budget of the device or
+    has a sixteenth as many rows as the head has features, so that logits take at most a sixteenth
+    of the head.
+    """
     budget = _LOGITS_BYTES.get(device_type, _LOGITS_BYTES["cuda"])
-    fitting = max(budget // max(vocab * itemsize, 1) // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
+    allowed = max(budget // max(vocab * itemsize, 1), features // _FEATURES_A_ROW)
+    fitting = max(allowed // _ROWS_MULTIPLE, 1) * _ROWS_MULTIPLE
     chunks = max(-(-rows // fitting), 1)
     equal = -(-rows // chunks)
     return max(min(-(-equal // _ROWS_MULTIPLE) * _ROWS_MULTIPLE, rows), 1)
@@ -201,7 +208,7 @@ def chunked(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, list
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     correct, entropy = torch.zeros_like(loss), torch.zeros_like(loss)
     total, vocab = rows_hidden.shape[0], weight.shape[0]
-    size = chunk_rows(total, vocab, dtype.itemsize, hidden.device.type)
+    size = chunk_rows(total, hidden.shape[1], vocab, dtype.itemsize, hidden.device.type)
     buffer = logits_buffer(size, vocab, dtype, hidden.device)
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))

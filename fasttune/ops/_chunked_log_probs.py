@@ -92,7 +92,7 @@ def _kept(targets: Tensor, options: Sequence[float]) -> Tensor | None:
 def _chunks(head: Head, hidden: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, hidden, logits) of every chunk; the logits are overwritten by the next one."""
     total, vocab = hidden.shape[0], head.weight.shape[0]
-    size = chunk_rows(total, vocab, head.dtype.itemsize, hidden.device.type)
+    size = chunk_rows(total, hidden.shape[1], vocab, head.dtype.itemsize, hidden.device.type)
     buffer = logits_buffer(size, vocab, head.dtype, hidden.device)
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))

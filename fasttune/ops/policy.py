@@ -37,7 +37,7 @@ class Limits:
         ia3_cast: the same where they differ from the vector in dtype, so that PEFT casts them.
     """
 
-    lora_dropout: int = 1 << 16
+    lora_dropout: int = 3 << 16
     lora_16bit: int = 1 << 19
     lora_fp32: int = 1 << 20
     lora_autocast: int = 1 << 21

@@ -93,9 +93,10 @@ def prove(module: nn.Module) -> ActivationPlan | None:
 
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
+    if guard.may_skip_checks(x) and row_wise_too_small(record.plan.operations, x):
+        state.note_fallback(record, _TOO_SMALL)
+        return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs)
-    if reason is None and row_wise_too_small(record.plan.operations, x):
-        reason = _TOO_SMALL
     if reason is None:
         y = apply_bias_activation(x, None, activation=record.plan.name)
         state.note_output(record, y)

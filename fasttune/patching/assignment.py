@@ -36,6 +36,11 @@ _contexts = 0
 _any_context = False
 
 
+def anywhere() -> bool:
+    """Whether any thread may run a mixed batch, or may recompute one of before."""
+    return _any_context or _torch.inside_backward()
+
+
 def traced() -> bool:
     """For a forward that is being traced: True in a context of any model, on this thread."""
     return _any_context and bool(_current.layers)

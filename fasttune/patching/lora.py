@@ -18,7 +18,7 @@ from fasttune.ops.policy import (
     lora_not_faster,
     lora_too_small,
 )
-from fasttune.patching import groups, mixed_layer, state, swap
+from fasttune.patching import assignment, groups, guard, mixed_layer, state, swap
 from fasttune.patching.guard import FLOATS
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
@@ -53,7 +53,17 @@ def patch_layers(session: Session) -> None:
             session.skip(KIND, name, f"PEFT method {type(layer).__name__} is not fused yet")
 
 
-def _forward(layer: nn.Module, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if (
+        guard.may_skip_checks(x)
+        and not (args or kwargs or layer.lora_variant or assignment.anywhere())
+        and x.dim()
+        and lora_too_small(x, layer.out_features)
+    ):
+        record = state.of(layer, KIND)
+        record.mixed = False
+        state.note_fallback(record, _TOO_SMALL)
+        return original(layer, x)
     mixed = mixed_layer.forward(layer, original, state.of(layer, KIND), x, args, kwargs)
     if mixed is not None:
         return mixed

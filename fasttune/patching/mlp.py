@@ -168,13 +168,14 @@ def _activation_between(a: Tensor, b: Tensor, h: Tensor) -> tuple[str, bool] | N
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
     plan: GatedPlan = record.plan
+    if guard.may_skip_checks(x) and mlp_too_small(x):
+        state.note_fallback(record, _TOO_SMALL)
+        return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs)
     if reason is None and probe.floats(module) != plan.floats:
         reason = Reason("an attribute changed since fasttune.patch")
     if reason is None:
         reason = _why_dtypes_differ(module, plan)
-    if reason is None and mlp_too_small(x):
-        reason = _TOO_SMALL
     if reason is not None:
         if reason is not guard.COMPILED:
             state.note_fallback(record, reason)

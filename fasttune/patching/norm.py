@@ -209,6 +209,9 @@ def evaluate(module: nn.Module, formula: Formula, x: Tensor) -> Tensor:
 
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
+    if guard.may_skip_checks(x) and row_wise_too_small(record.plan.operations, x):
+        state.note_fallback(record, _TOO_SMALL)
+        return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs) or _why_original(module, record.plan, x)
     if reason is None:
         y = evaluate(module, record.plan, x)
@@ -237,8 +240,6 @@ def _why_original(module: nn.Module, formula: Formula, x: Tensor) -> Reason | No
     key = (x.dtype, weight_dtype, None if autocast is None else _BF16)
     if key not in formula.proven:
         return Reason(f"not proven for input {x.dtype} and weight {weight_dtype}")
-    if row_wise_too_small(formula.operations, x):
-        return _TOO_SMALL
     return None
 
 

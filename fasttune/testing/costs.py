@@ -209,7 +209,7 @@ def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     hidden, weight, bias = args[:3]
     dtype, needs = args[10], args[13]
     rows, vocab = hidden.shape[0], weight.shape[0]
-    size = chunk_rows(rows, vocab, dtype.itemsize, hidden.device.type)
+    size = chunk_rows(rows, hidden.shape[1], vocab, dtype.itemsize, hidden.device.type)
     launches: list[Launch] = []
     for start in range(0, rows, size):
         part = min(size, rows - start)

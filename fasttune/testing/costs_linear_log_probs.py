@@ -17,7 +17,7 @@ _FP32_BYTES, _INT64_BYTES = 4, 8
 def _chunks(hidden: Any, weight: Any, dtype: Any) -> Iterator[tuple[int, int, int]]:
     """Rows, and bytes of their logits and hidden states."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    size = chunk_rows(rows, vocab, dtype.itemsize, hidden.device.type)
+    size = chunk_rows(rows, hidden.shape[1], vocab, dtype.itemsize, hidden.device.type)
     for start in range(0, rows, size):
         part = min(size, rows - start)
         yield part, part * vocab * dtype.itemsize, part * tensor_bytes(hidden[:1])

@@ -103,11 +103,16 @@ def test_wrong_arguments_are_named(change, error, message):
 
 
 def test_chunks_fit_the_budget():
-    assert chunk_rows(10_000, 49_152, 2, "cpu") * 49_152 * 2 <= 64 << 20
-    assert chunk_rows(10_000, 49_152, 2, "cpu") % 64 == 0
-    assert chunk_rows(10_000, 300_000, 4, "cpu") == 64  # never less, however wide the vocabulary
-    assert chunk_rows(7, 49_152, 2, "cpu") == 7
-    assert chunk_rows(0, 49_152, 2, "cpu") == 1
+    assert chunk_rows(10_000, 576, 49_152, 2, "cpu") * 49_152 * 2 <= 64 << 20
+    assert chunk_rows(10_000, 576, 49_152, 2, "cpu") % 64 == 0
+    assert (
+        chunk_rows(10_000, 576, 300_000, 4, "cpu") == 64
+    )  # never less, however wide the vocabulary
+    # Where the head is wide, a chunk is not so small that reading the head again takes its time.
+    assert chunk_rows(128, 4096, 128_256, 2, "cpu") == 128
+    assert chunk_rows(8192, 4096, 128_256, 2, "cpu") == 256
+    assert chunk_rows(7, 576, 49_152, 2, "cpu") == 7
+    assert chunk_rows(0, 576, 49_152, 2, "cpu") == 1
 
 
 def test_incoming_gradient_scales_and_the_graph_can_be_kept():

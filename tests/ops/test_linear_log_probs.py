@@ -28,7 +28,7 @@ def test_several_chunks_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(_chunked_head._LOGITS_BYTES, "cpu", budget)
         y = linear_log_probs(hidden, weight, targets)
         found.append([y.detach(), *torch.autograd.grad(y, [hidden, weight], dy)])
-    assert _chunked_head.chunk_rows(150, 301, 4, "cpu") == 64
+    assert _chunked_head.chunk_rows(150, 24, 301, 4, "cpu") == 64
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
