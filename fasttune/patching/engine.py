@@ -13,6 +13,7 @@ from fasttune.integrations import transformers
 from fasttune.patching import (
     activation,
     attention,
+    experts,
     lora,
     loss,
     mlp,
@@ -29,6 +30,7 @@ from fasttune.patching.session import Session
 # In the order of patching: the loss looks at heads that LoRA may have wrapped.
 _PATCHERS = {
     lora.KIND: lora.patch_layers,
+    experts.KIND: experts.patch_layers,
     tokens.KIND: tokens.patch_layers,
     loss.KIND: loss.patch_models,
     norm.KIND: norm.patch_layers,
@@ -63,8 +65,8 @@ def patch(
         include: patch only modules with these names or name endings, as PEFT's ``target_modules``;
             None means all.
         exclude: leave these modules alone.
-        kinds: subset of {"lora", "tokens", "loss", "norm", "mlp", "activation", "attention"}; None
-            means all.
+        kinds: subset of {"lora", "experts", "tokens", "loss", "norm", "mlp", "activation",
+            "attention"}; None means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
         groups: compute LoRA layers that share an input (q, k and v; gate and up) by one op, once
             they were seen to share it (groups.py); False computes each alone.

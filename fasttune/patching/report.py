@@ -13,6 +13,7 @@ from fasttune.patching import engine, groups, state
 
 _TITLES = {
     "lora": "LoRA layers",
+    "experts": "LoRA on experts",
     "tokens": "trainable tokens",
     "loss": "causal LM loss",
     "norm": "norms",
@@ -27,7 +28,7 @@ class KindReport:
     """Counts of one kind.
 
     Attributes:
-        kind: "lora", "tokens", "loss", "norm", "mlp", "activation" or "attention".
+        kind: "lora", "experts", "tokens", "loss", "norm", "mlp", "activation" or "attention".
         fused: modules whose calls so far were fused.
         pending: patched modules that have not been called yet.
         original: modules, patched or not, that took the original path, by reason.
