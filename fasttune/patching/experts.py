@@ -4,8 +4,8 @@ PEFT forms the updated weights of all experts at every forward, and in backward 
 size. Here the module's own forward runs with LazyExperts in place of its parameters, whichever
 implementation is chosen (a loop, grouped or batched products), and nothing of that size is made.
 
-That this is the same is proven: a module's forward runs on small random weights of the same
-proportions, once lazy and once with the updated weights, and must agree without asking for them.
+That this is the same is proven: a module's forward runs on small random weights, once lazy and once
+with the updated weights, and must agree without asking for them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "experts"
-_UNIT = 8  # features that one part of the proportions becomes: grouped products want 16 bytes
+_UNIT = 8  # of the features in a proof: grouped products want strides of 16 bytes
 _RANKS = (3, 2)
 _ROWS = 5
-_MOST_ELEMENTS = 1 << 24
 # Both sides sum the same terms in another order; a wrong formula is off by the size of the result.
 _ROUNDINGS = 32
 
@@ -124,13 +123,18 @@ def _small_shapes(module: nn.Module, names: tuple[str, ...]) -> dict[str, tuple[
     experts = shapes[names[0]][0]
     if experts < 2 or any(len(s) < 2 or s[0] != experts for s in shapes.values()):
         return "not every parameter is a stack over the same experts, two or more"
-    common = math.gcd(*(size for shape in shapes.values() for size in shape[1:]))
-    small = {
-        name: (experts, *(size // common * _UNIT for size in shape[1:]))
-        for name, shape in shapes.items()
-    }
-    if not common or sum(math.prod(shape) for shape in small.values()) > _MOST_ELEMENTS:
-        return "its features have too little in common for a small proof"
+    small = _small_features(shapes)
+    return {n: (experts, *(small[size] for size in shape[1:])) for n, shape in shapes.items()}
+
+
+def _small_features(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, int]:
+    """A small number for every number of features; twice as many stay twice as many (gate and up
+    are often one matrix), others stay different.
+    """
+    small: dict[int, int] = {}
+    for size in sorted({size for shape in shapes.values() for size in shape[1:]}):
+        half = small.get(size // 2) if size % 2 == 0 else None
+        small[size] = 2 * half if half else _UNIT * (2 * len(small) + 3)
     return small
 
 
@@ -167,7 +171,13 @@ def _calls(
 
 def _twin(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
     children = dict(module._modules)
-    return probe.imitation(module, parameters=parameters, children=children, training=True)
+    twin = probe.imitation(module, parameters=parameters, children=children, training=True)
+    shapes = {n: tuple(p.shape) for n, p in module._parameters.items() if p is not None}
+    small, experts = _small_features(shapes), {shape[0] for shape in shapes.values()}
+    for name, value in module.__dict__.items():  # forwards reshape by sizes that they keep
+        if type(value) is int and value in small and value not in experts:
+            twin.__dict__[name] = small[value]
+    return twin
 
 
 def _same_objects(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

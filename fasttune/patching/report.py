@@ -79,7 +79,7 @@ class LayerExplanation:
         fused_calls: number of fused calls so far.
         fallbacks: calls on the original path, by reason.
         saved_bytes: saved for backward by the last fused call, parameters excluded; of a group, by
-            the one that was called first.
+            the one that was called first; not counted (0) for experts and trainable tokens.
         group: the modules that are computed together with this one, itself included.
     """
 

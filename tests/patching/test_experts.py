@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -330,9 +331,10 @@ class Sorted(nn.Module):
         super().__init__()
         torch.manual_seed(4)
         self.weight = nn.Parameter(torch.randn(4, 32, 16) / 6)
+        self.features = 32
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(x.view(len(self.weight), -1, self.weight.size(1)), self.weight)
+        return torch.bmm(x.view(len(self.weight), -1, self.features), self.weight)
 
 
 def adapted(module: nn.Module) -> Any:
@@ -456,6 +458,31 @@ def test_a_proof_reads_no_weight() -> None:
     with torch.device("meta"):
         module = Experts()
     assert patching.why_not_lazy(module, ("weight",)) is None
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("llama4", "Llama4TextExperts"),  # rows sorted by expert
+        ("nemotron_h", "NemotronHExperts"),  # no gate
+        ("deepseek_v2", "DeepseekV2Experts"),  # sizes without a common factor
+        ("olmoe", "OlmoeExperts"),
+        ("glm4_moe", "Glm4MoeExperts"),
+        ("qwen3_next", "Qwen3NextExperts"),
+    ],
+)
+def test_experts_of_other_families_are_proven(name: str, experts: str, implementation: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(name).get_text_config()
+    config._experts_implementation = implementation
+    source = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    with torch.device("meta"):
+        module = getattr(source, experts)(config)
+    names = tuple(n for n, p in module.named_parameters() if p.dim() == 3)
+    assert len(names) == 2
+    assert patching.why_not_lazy(module, names) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
