@@ -124,8 +124,10 @@ def _why_adapter(wrapper: Any, adapter: str, device: torch.device) -> Reason | N
         if type(factor) is not nn.Linear:
             return Reason(f"lora_A is {type(factor).__name__}, not nn.Linear")
         weight = factor._parameters.get("weight")
-        if weight is None or not _plain(weight) or weight.dtype not in _FLOATS:
-            return Reason("adapter weights are sharded or quantised")
+        if weight is None or not _plain(weight):
+            return Reason("adapter weights are sharded")
+        if weight.dtype not in _FLOATS:
+            return Reason(f"adapter is {weight.dtype}")
         if weight.device != device:
             return Reason(f"adapter on {weight.device}, {wrapper.parameter_name} on {device}")
     scaling = wrapper.scaling[adapter]

@@ -401,11 +401,22 @@ def test_reasons_at_a_call() -> None:
         inner = wrapper(model).base_layer
         inner.forward = inner.forward
 
+    def parametrized(model: Any) -> None:
+        module = wrapper(model).get_base_layer()
+        nn.utils.parametrize.register_parametrization(module, "down_proj_bias", nn.Identity())
+
+    def in_double_precision(model: Any) -> None:
+        adapter = wrapper(model).lora_A["default"]
+        assert patching.peft_experts.why_original(wrapper(model)) is None
+        adapter.weight.data = adapter.weight.data.double()
+
     for change, reason in (
         (hook, "a hook on base_layer"),
         (inner_forward, "a hook on base_layer"),
+        (parametrized, "the experts are parametrized: quantised or changed by another library"),
+        (in_double_precision, "adapter is torch.float64"),
     ):
-        stock, model = build(), fasttune.patch(build())
+        stock, model = build("gpt_oss"), fasttune.patch(build("gpt_oss"))
         for each in (stock, model):
             change(each)
         assert_same(model, stock)
