@@ -14,6 +14,10 @@ from torch.nn import Parameter
 _PLAIN_TYPES = (Tensor, Parameter)
 
 
+# torch.nn.functional.grouped_mm calls it and does not look at its arguments itself.
+grouped_mm = torch._grouped_mm
+
+
 def in_functorch() -> bool:
     """True inside vmap, grad, jvp, ...: types still say Tensor there, so only the stack tells.
 

@@ -13,6 +13,7 @@ from fasttune.integrations import transformers
 from fasttune.patching import (
     activation,
     attention,
+    experts,
     ia3,
     lora,
     loss,
@@ -30,6 +31,7 @@ from fasttune.patching.session import Session
 # In the order of patching: the loss looks at heads that LoRA may have wrapped.
 _PATCHERS = {
     lora.KIND: lora.patch_layers,
+    experts.KIND: experts.patch_layers,
     ia3.KIND: ia3.patch_layers,
     tokens.KIND: tokens.patch_layers,
     loss.KIND: loss.patch_models,
@@ -65,7 +67,7 @@ def patch(
         include: patch only modules with these names or name endings, as PEFT's ``target_modules``;
             None means all.
         exclude: leave these modules alone.
-        kinds: subset of {"lora", "ia3", "tokens", "loss", "norm", "mlp", "activation",
+        kinds: subset of {"lora", "experts", "ia3", "tokens", "loss", "norm", "mlp", "activation",
             "attention"}; None means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
         groups: compute LoRA layers that share an input (q, k and v; gate and up) by one op, once

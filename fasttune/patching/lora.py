@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft, peft_ia3
+from fasttune.integrations import peft, peft_experts, peft_ia3
 from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
@@ -31,6 +31,8 @@ def patch_layers(session: Session) -> None:
     """Swap every LoRA Linear of the model; the other PEFT layers are named in the report."""
     families: dict[str, list[nn.Module]] = {}
     for name, layer in peft.lora_layers(session.model):
+        if peft_experts.is_wrapper(layer):  # of a parameter: experts.py
+            continue
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
         elif not peft.is_linear_like(swap.original_class(layer)):

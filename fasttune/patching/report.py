@@ -13,6 +13,7 @@ from fasttune.patching import engine, groups, state
 
 _TITLES = {
     "lora": "LoRA layers",
+    "experts": "LoRA on experts",
     "ia3": "(IA)^3 layers",
     "tokens": "trainable tokens",
     "loss": "causal LM loss",
@@ -28,7 +29,8 @@ class KindReport:
     """Counts of one kind.
 
     Attributes:
-        kind: "lora", "ia3", "tokens", "loss", "norm", "mlp", "activation" or "attention".
+        kind: "lora", "experts", "ia3", "tokens", "loss", "norm", "mlp", "activation" or
+            "attention".
         fused: modules whose calls so far were fused.
         pending: patched modules that have not been called yet.
         original: modules, patched or not, that took the original path, by reason.
@@ -79,7 +81,7 @@ class LayerExplanation:
         fused_calls: number of fused calls so far.
         fallbacks: calls on the original path, by reason.
         saved_bytes: saved for backward by the last fused call, parameters excluded; of a group, by
-            the one that was called first.
+            the one that was called first; not counted (0) for experts and trainable tokens.
         group: the modules that are computed together with this one, itself included.
     """
 

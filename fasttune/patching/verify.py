@@ -24,7 +24,18 @@ from torch import Tensor, nn
 
 from fasttune.errors import PatchError, VerificationError
 from fasttune.ops.policy import no_limits
-from fasttune.patching import activation, attention, ia3, lora, loss, mlp, norm, swap, tokens
+from fasttune.patching import (
+    activation,
+    attention,
+    experts,
+    ia3,
+    lora,
+    loss,
+    mlp,
+    norm,
+    swap,
+    tokens,
+)
 from fasttune.patching.engine import is_patched
 from fasttune.patching.replay import LayerCheck, check_layers
 from fasttune.patching.report import render
@@ -186,6 +197,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
         activation.KIND,
         attention.KIND,
         tokens.KIND,
+        experts.KIND,
     )
     handles = [
         module.register_forward_hook(after)

@@ -192,8 +192,8 @@ FAMILIES = [
     _decoder("stablelm"),
     _decoder("starcoder2", *_PLAIN),
     _decoder("nemotron", *_PLAIN),
-    _decoder("mixtral", "norm", "attention", "loss", **_MOE),
-    _decoder("qwen3_moe", "norm", "attention", "loss", moe_intermediate_size=32, **_MOE),
+    _decoder("mixtral", "norm", "attention", "loss", "experts", **_MOE),
+    _decoder("qwen3_moe", "norm", "attention", "loss", "experts", moe_intermediate_size=32, **_MOE),
     _decoder("gpt_oss", "norm", "attention", "loss", **_MOE),
     _decoder("gpt_neox", "norm", "activation", "attention", "loss"),
     Family(

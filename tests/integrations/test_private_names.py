@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama, with_lora
+from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fasttune import _torch
@@ -76,6 +78,32 @@ def test_peft_ia3_linear() -> None:
         assert line in source, line
 
 
+def test_peft_param_wrapper() -> None:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    stack = nn.Module()
+    stack.register_parameter("weight", nn.Parameter(torch.randn(3, 6, 5)))
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.weight"])
+    model = get_peft_model(nn.ModuleDict({"experts": stack}), config)
+    layer = model.base_model.model["experts"]
+    assert type(layer) is ParamWrapper
+    for name in ("base_layer", "lora_A", "lora_B", "scaling", "lora_variant", "active_adapters",
+                 "disable_adapters", "merged", "parameter_name", "num_experts"):  # fmt: skip
+        assert hasattr(layer, name), name
+    nn.init.normal_(layer.lora_B["default"].weight)
+    # The factors that experts take from PEFT are those of what PEFT adds to the parameter.
+    left, right, scaling = layer.get_delta_factors("default")
+    assert (left.shape, right.shape, scaling) == ((3, 6, 2), (3, 2, 5), 3.0)
+    delta = layer.get_delta_weight("default")
+    assert torch.allclose(scaling * (left @ right), delta, atol=1e-6)
+    source = inspect.getsource(ParamWrapper.forward)
+    for line in (
+        "with self._activate_lora(self.active_adapters):",
+        "result = self.base_layer(x, *args, **kwargs)",
+    ):
+        assert line in source, line
+
+
 def test_peft_ia3_on_bitsandbytes() -> None:
     pytest.importorskip("bitsandbytes")
     from peft.tuners.ia3.bnb import Linear4bit, Linear8bitLt
@@ -88,6 +116,21 @@ def test_peft_ia3_on_bitsandbytes() -> None:
             "result = result * ia3_scaling",
         ):
             assert line in source, line
+
+
+def test_torch_grouped_products_reach_the_name_that_is_looked_for() -> None:
+    seen = []
+
+    class Watcher:
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(
+                (function, len(args), sorted(k for k, v in kwargs.items() if v is not None))
+            )
+
+    offs = torch.tensor([2, 3], dtype=torch.int32)
+    torch.nn.functional.grouped_mm(torch.ones(3, 8), Watcher(), offs=offs)
+    assert seen == [(_torch.grouped_mm, 2, ["offs"])]
 
 
 def test_peft_copies_the_config_to_the_injected_model() -> None:
