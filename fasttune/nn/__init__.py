@@ -6,6 +6,7 @@ from fasttune.nn.lora import LoraLinear
 from fasttune.nn.loss import LinearCrossEntropyLoss
 from fasttune.nn.mlp import MLP, GatedMLP
 from fasttune.nn.norms import LayerNorm, RMSNorm
+from fasttune.nn.reft import LoReft
 
 __all__ = [
     "MLP",
@@ -13,6 +14,7 @@ __all__ = [
     "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LoReft",
     "LoraLinear",
     "RMSNorm",
 ]

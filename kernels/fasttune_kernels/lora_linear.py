@@ -12,7 +12,7 @@ Four kernels cover the eight products: "down" (a reduction over the features), "
 the rank), "weight gradient" (a reduction over the rows) and the fused pair of `lora_up_backward`.
 Reductions that are split write fp32 partial results, which one more launch adds in fixed order.
 
-Precision: products accumulate in fp32 and no operand is rounded before a product, see `_dot_exact`.
+Precision: products accumulate in fp32 and no operand is rounded before a product, see `dot_exact`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
 
 
 @triton.jit
-def _dot_exact(lhs, rhs, acc, TENSOR_CORES: tl.constexpr):
+def dot_exact(lhs, rhs, acc, TENSOR_CORES: tl.constexpr):
     """acc + lhs @ rhs in fp32 without rounding an operand, whatever the two dtypes are.
 
     - one 16-bit dtype on both sides: tensor cores, whose products of 16-bit operands are exact;
@@ -160,7 +160,7 @@ def _lora_down_kernel(
         if HAS_DROPOUT:
             keep = keep_mask(rows + row_offset, k0, key0, key1, branch, threshold, BLOCK_M, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        acc = _dot_exact(x, a, acc, TENSOR_CORES)
+        acc = dot_exact(x, a, acc, TENSOR_CORES)
     if PARTIAL:
         t_ptr += pid_k.to(tl.int64) * M * R
     else:
@@ -223,7 +223,7 @@ def _lora_up_kernel(
             mask=inside_r[:, None] & inside_n[None, :],
             other=0.0,
         )
-        acc = _dot_exact(t, b, acc, TENSOR_CORES)
+        acc = dot_exact(t, b, acc, TENSOR_CORES)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
         acc = acc + bias.to(tl.float32)[None, :]
@@ -315,7 +315,7 @@ def _lora_weight_grad_kernel(
                 BLOCK_K,
             )
             x = tl.where(keep, x, 0.0)
-        acc = _dot_exact(d, x, acc, TENSOR_CORES)
+        acc = dot_exact(d, x, acc, TENSOR_CORES)
     if PARTIAL:
         out_ptr += pid_m.to(tl.int64) * K * R
     tl.store(
@@ -382,13 +382,13 @@ def _lora_up_backward_kernel(
             other=0.0,
         )
         d = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        d = _dot_exact(dy, b, d, TENSOR_CORES)
+        d = dot_exact(dy, b, d, TENSOR_CORES)
         tl.store(
             d_ptr + rows[:, None] * R + ranks[None, :],
             d * factor,
             mask=inside_m[:, None] & inside_r[None, :],
         )
-        db = _dot_exact(t, dy, db, TENSOR_CORES)
+        db = dot_exact(t, dy, db, TENSOR_CORES)
     db_ptr += pid_m.to(tl.int64) * N * R
     tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
 

@@ -8,7 +8,7 @@ import torch
 
 from .tables import Gpu, Tile
 
-# How `_dot_exact` computes a product:
+# How `dot_exact` computes a product:
 #   "mma"    both operands of one 16-bit dtype, tensor cores
 #   "terms"  bf16 with fp32, the fp32 operand as three bf16 terms, tensor cores
 #   "terms6" fp16 with fp32, two by three bf16 terms, tensor cores

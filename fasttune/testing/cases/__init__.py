@@ -10,6 +10,7 @@ from fasttune.testing.cases import (
     linear_cross_entropy,
     lora_linear,
     lora_segmented,
+    reft,
     rms_norm,
     rope,
 )
@@ -25,6 +26,7 @@ _OPS = (
     glu,
     bias_activation,
     bottleneck,
+    reft,
     rope,
     attention,
 )
