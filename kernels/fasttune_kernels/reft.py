@@ -15,6 +15,8 @@ Precision: products accumulate in fp32 and no operand is rounded before one, see
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from .activations import activate_with_slope
 from .lora_linear import dot_exact
-from .lora_tables import has_tensor_cores
+from .lora_tables import arithmetic_of, has_tensor_cores
 from .philox import keep_mask, load_philox_key
 from .tables import MAX_REGISTERS, Gpu, Tile, divide_up, gpu_of, launch_device, next_power_of_2
 
@@ -209,19 +211,23 @@ def _reft_backward_kernel(
             tl.store(dh_rows + k[None, :], dh.to(dh_ptr.dtype.element_ty), mask=inside)
 
 
-def _tile(gpu: Gpu, entries: int, block_r: int) -> Tile:
+def _tile(gpu: Gpu, arithmetic: str, entries: int, block_r: int) -> Tile:
     """[entries of the list, features per step]: more entries only where all programs are busy."""
+    if arithmetic == "fma":
+        narrow = gpu.capability < 80 and block_r > 64
+        return Tile(16, 16 if narrow else 32, 4 if block_r <= 32 else 8, 2)
     if block_r > 64:
         return Tile(16, 32, 4, 2)
     block_p = 32 if entries >= 64 * gpu.multiprocessors and block_r <= 32 else 16
-    return Tile(block_p, 64 if block_r > 16 or gpu.capability < 80 else 128, 4, 2)
+    return Tile(block_p, 64 if block_r > 16 or arithmetic == "terms6" else 128, 4, 2)
 
 
 def _options(
-    gpu: Gpu, entries: int, rank: int, difference: bool, activation: str
-) -> dict[str, object]:
+    h: Tensor, entries: int, rotation: Tensor, difference: bool, activation: str
+) -> dict[str, Any]:
+    gpu, rank = gpu_of(h), rotation.shape[0]
     block_r = max(16, next_power_of_2(rank))
-    tile = _tile(gpu, entries, block_r)
+    tile = _tile(gpu, arithmetic_of(gpu, h.dtype, rotation.dtype), entries, block_r)
     return {
         "R": rank,
         "BLOCK_R": block_r,
@@ -260,7 +266,7 @@ def reft_forward(
     x = None if rows is None else h.new_empty((entries, k))
     if entries == 0:
         return x, z, d
-    options = _options(gpu_of(h), entries, rank, difference, activation)
+    options = _options(h, entries, rotation, difference, activation)
     with launch_device(h):
         _reft_forward_kernel[(divide_up(entries, options["BLOCK_P"]),)](
             h,
@@ -309,7 +315,7 @@ def reft_backward(
     g = None if rows is None else dy.new_empty((entries, k))
     if entries == 0:
         return g, dz, dd
-    options = _options(gpu_of(dy), entries, rank, difference, activation)
+    options = _options(dy, entries, rotation, difference, activation)
     with launch_device(dy):
         _reft_backward_kernel[(divide_up(entries, options["BLOCK_P"]),)](
             dy,
