@@ -80,7 +80,8 @@ def add_reft(
     if _STATE not in model.__dict__:
         trained = [key for key, p in model.named_parameters() if p.requires_grad]
         model.__dict__[_STATE] = {"configs": {}, "trained": trained}
-        _prompt.attach(model)
+        for called in _called(model):
+            _prompt.attach(called)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for layer, intervention in made.items():
@@ -135,7 +136,8 @@ def remove_reft(model: nn.Module, name: str) -> None:
         trained = set(state["trained"])
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(key in trained)
-        _prompt.detach(model)
+        for called in _called(model):
+            _prompt.detach(called)
         del model.__dict__[_STATE]
 
 
@@ -189,6 +191,14 @@ def load_reft(model: nn.Module, directory: str | Path, name: str | None = None) 
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
     return name
+
+
+def _called(model: Any) -> list[nn.Module]:
+    """The modules whose forward starts one of the model: in a PeftModel, ``generate`` calls the
+    model inside, and a forward does not.
+    """
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [model] if inside is model else [model, inside]
 
 
 def _layers(model: nn.Module, wanted: str | Sequence[int | str]) -> list[str]:

@@ -119,7 +119,8 @@ class Orthonormal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x weight, [*, R]."""
-        y: Tensor = x.to(self.original.dtype) @ self.weight
+        weight = self.weight
+        y: Tensor = x.to(weight.dtype) @ weight
         return y
 
 
@@ -154,14 +155,19 @@ def _version(tensor: Tensor) -> int | None:
 def orthonormal_rows(
     original: Tensor,  # [H, R]
 ) -> Tensor:
-    """R [R, H] contiguous, in the dtype of ``original``."""
+    """R [R, H] contiguous, in fp32 or wider, autocast or not."""
+    with torch.autocast(original.device.type, enabled=False):
+        return _orthonormal_rows(original)
+
+
+def _orthonormal_rows(original: Tensor) -> Tensor:
     reflectors, system, signs = _parts(original)
     rank = original.shape[1]
     inner = torch.linalg.solve_triangular(system, reflectors[:rank].t(), upper=True)
     rows: Tensor = -(reflectors @ inner).t()
     rows[:, :rank] += torch.eye(rank, dtype=rows.dtype, device=rows.device)
     signed: Tensor = rows * signs.unsqueeze(1)
-    return signed.to(original.dtype).contiguous()
+    return signed.contiguous()
 
 
 def orthonormal_backward(

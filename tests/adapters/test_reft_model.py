@@ -333,6 +333,54 @@ def test_a_trainer_trains_what_was_added() -> None:
         torch.testing.assert_close(rows @ rows.t(), torch.eye(len(rows)), atol=1e-5, rtol=0)
 
 
+def test_a_trainer_trains_a_causal_model_on_completions() -> None:
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    model = type(build())(BY_NAME["llama"].config(initializer_range=0.3)).eval()
+    adapters.add_reft(model, "s", positions="f1+l2", rank=8)
+    ids = torch.randint(3, 99, (64, 10), generator=torch.Generator().manual_seed(2))
+    ids[:, 6:] = 50 + ids[:, 5:6] % 2  # what the last token of the prompt decides
+    labels = ids.clone()
+    labels[:, :6] = -100
+    rows = [
+        {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": answer}
+        for i, answer in zip(ids, labels, strict=True)
+    ]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    before = model(**batch).loss
+    args = TrainingArguments(
+        "unused", max_steps=40, per_device_train_batch_size=8, gradient_accumulation_steps=2,
+        gradient_checkpointing=True, learning_rate=2e-2, report_to=[], save_strategy="no",
+        disable_tqdm=True, use_cpu=True, logging_steps=40, seed=1, weight_decay=0.1,
+    )  # fmt: skip
+    Trainer(model, args, train_dataset=rows).train()
+    assert model.eval()(**batch).loss < 0.75 * before
+
+
+def test_a_peft_model_trains_and_generates() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(build(), config).eval()
+    adapters.add_reft(model, "s", positions=POSITIONS)
+    perturb(model)
+    inner = model.get_base_model()
+    assert edits(inner, padded("right")) == expected("right")
+    batch = padded("left")
+    expected_logits = inner(**batch).logits
+    torch.testing.assert_close(model(**batch).logits, expected_logits)
+    labels = batch["input_ids"].where(torch.arange(TOKENS) >= TOKENS - 2, -100)
+    model(**batch, labels=labels).loss.backward()
+    trained = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert trained and all(".reft.s." in key for key in trained)
+    batch.pop("position_ids")
+    new = model.generate(**batch, max_new_tokens=1, do_sample=False, eos_token_id=None)
+    assert torch.equal(new[:, -1], expected_logits[:, -1].argmax(-1))
+    adapters.remove_reft(model, "s")
+    assert not any(m._forward_pre_hooks for m in (model, inner))
+
+
 @pytest.mark.parametrize("first", ["patch", "add"])
 def test_a_patched_model_is_edited(first: str) -> None:
     family = BY_NAME["llama"]

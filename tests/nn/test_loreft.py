@@ -275,3 +275,48 @@ def test_a_checkpoint_that_is_not_orthonormal_is_refused() -> None:
 def test_wrong_arguments_are_named(arguments: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoReft(*arguments, **options)
+
+
+def test_autocast_and_half_precision_leave_the_rotation_orthonormal() -> None:
+    module = LoReft(H, R)
+    exact = module.rotation.detach().clone()
+    module.rotate_layer._cache.alias = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.rotation, exact)
+        assert module(torch.randn(2, H)).dtype == torch.float32
+    rows = module.to(torch.bfloat16).rotation.detach()
+    assert rows.dtype == torch.float32
+    assert relative(rows @ rows.t(), torch.eye(R)) < 1e-5
+    module(torch.randn(2, H).bfloat16()).sum().backward()
+    assert module.rotate_layer.original.grad.dtype == torch.bfloat16
+
+
+def test_a_parameter_that_changed_before_backward_is_told() -> None:
+    module = LoReft(H, R)
+    y = module(torch.randn(2, H))
+    with torch.no_grad():
+        module.rotate_layer.original.mul_(1.5)
+    with pytest.raises(RuntimeError, match="rotate_layer: expected the parameter of the forward"):
+        y.sum().backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    module = LoReft(H, R)
+    loss = module(torch.randn(2, H)).square().sum()
+    (gradient,) = torch.autograd.grad(loss, module.rotate_layer.original, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+def test_it_compiles_to_the_same_numbers() -> None:
+    module = perturbed(LoReft(H, R, activation="silu"))
+    h, rows = torch.randn(2, 5, H), torch.tensor([0, 9, -1])
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    expected, traced = module(h, rows), compiled(h, rows)
+    assert relative(traced.detach(), expected.detach()) < 1e-6
+    grads = [
+        torch.autograd.grad(y.square().sum(), list(module.parameters())) for y in (expected, traced)
+    ]
+    for mine, other in zip(*grads, strict=True):
+        assert relative(other, mine) < 1e-5
