@@ -213,9 +213,10 @@ def test_a_checkpoint_around_a_block_and_its_hooks_is_told() -> None:
         logits.sum().backward()
 
 
-def test_generate_edits_the_prompt_only() -> None:
+@pytest.mark.parametrize("positions", [POSITIONS, "l1"])
+def test_generate_edits_the_prompt_only(positions: str) -> None:
     model = build()
-    adapters.add_reft(model, "s", positions=POSITIONS)
+    adapters.add_reft(model, "s", positions=positions)
     perturb(model)
     batch = padded("left")
     batch.pop("position_ids")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasttune import _native
 from fasttune.ops import reft
+from fasttune.ops.reft import FORWARD
 from fasttune.testing.accounting import count
 from fasttune.testing.conformance import backend
 
@@ -62,6 +63,19 @@ def test_a_nan_in_the_first_row_stays_out_of_the_gradients_of_absent_entries() -
         with backend(name):
             call(**given, rows=torch.tensor([-1, 4, -1])).nan_to_num().sum().backward()
         assert all(tensor.grad.isfinite().all() for tensor in given.values()), name
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_entries_that_name_no_row_give_zeros(name: str) -> None:
+    h, rotation, source, bias = tensors().values()
+    flat = h.view(15, 24)
+    with backend(name):
+        run = FORWARD.backends[name].run
+        results = run(
+            flat, ROWS, rotation, source, bias, True, "sigmoid", 0, None, flat.clone()
+        )  # fmt: skip
+    for result in results:
+        assert (result[2] == 0).all() and (result[[0, 1, 3]] != 0).all()
 
 
 def test_masks_are_the_same_in_every_backend() -> None:
