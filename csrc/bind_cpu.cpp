@@ -48,6 +48,22 @@ PYBIND11_MODULE(_cpu, m) {
       }));
 
   // Fields in the order of kernels.h.
+  py::class_<ReftCall>(m, "ReftCall")
+      .def(py::init([](uintptr_t rows, int64_t count, int64_t rank, int64_t stride,
+                       uintptr_t rotation, uintptr_t source, uintptr_t bias, bool difference,
+                       int activation, const Dropout& dropout, float scale) {
+        return ReftCall{pointer<const int64_t>(rows),
+                        count,
+                        rank,
+                        stride,
+                        pointer<const float>(rotation),
+                        pointer<const float>(source),
+                        pointer<const float>(bias),
+                        difference,
+                        activation,
+                        dropout,
+                        scale};
+      }));
   py::class_<Heads>(m, "Heads")
       .def(py::init([](uintptr_t data, int64_t batch, int64_t head, int64_t row) {
         return Heads{pointer<const void>(data), batch, head, row};
@@ -170,6 +186,21 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Matrix& dy, const Matrix& x, uintptr_t scale, const MutableMatrix* dx,
          const ColumnSums& dscale, int threads) {
         kernels().ia3_scale_backward(dy, x, pointer<const float>(scale), dx, dscale, threads);
+      },
+      release());
+  m.def(
+      "reft_forward",
+      [](const Matrix& h, const ReftCall& call, const MutableMatrix& y, const MutableMatrix* x,
+         uintptr_t z, uintptr_t d, int threads) {
+        kernels().reft_forward(h, call, y, x, pointer<float>(z), pointer<float>(d), threads);
+      },
+      release());
+  m.def(
+      "reft_backward",
+      [](const Matrix& dy, const ReftCall& call, uintptr_t z, const MutableMatrix* dh,
+         const MutableMatrix* g, uintptr_t dz, uintptr_t dd, int threads) {
+        kernels().reft_backward(dy, call, pointer<const float>(z), dh, g, pointer<float>(dz),
+                                pointer<float>(dd), threads);
       },
       release());
   m.def(

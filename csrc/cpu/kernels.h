@@ -144,6 +144,20 @@ struct AdamWCall {
   uint64_t seed;
 };
 
+// What the forward and the backward of an edit of listed rows share: P entries in the list, rank R,
+// H features. rotation and source are [R, stride] fp32, zero from H to padded_rank(H).
+struct ReftCall {
+  const int64_t* rows;  // [P], negative: none; null: entry p is row p
+  int64_t count, rank, stride;
+  const float* rotation;
+  const float* source;
+  const float* bias;  // [R] or null
+  bool difference;
+  int activation;   // an Activation, or negative: none
+  Dropout dropout;  // of element (p, k)
+  float scale;      // of what is kept
+};
+
 struct Kernels {
   const char* isa;
 
@@ -174,6 +188,19 @@ struct Kernels {
   // dx [M, N] = dy scale in the dtype of dy, or null, and dscale [N] = sum_m dy x; scale [N] fp32.
   void (*ia3_scale_backward)(const Matrix& dy, const Matrix& x, const float* scale,
                              const MutableMatrix* dx, const ColumnSums& dscale, int threads);
+
+  // The listed rows of y [M, H] = keep scale (h + d rotation), with z = h source^T + bias and d =
+  // act(z) - h rotation^T (without it unless difference), both [P, R], zero for no row. x [P, H],
+  // the rows of h as listed, zero for no row, may be null. y may be h.
+  void (*reft_forward)(const Matrix& h, const ReftCall& call, const MutableMatrix& y,
+                       const MutableMatrix* x, float* z, float* d, int threads);
+
+  // With keep scale dy in place of dy: dd = dy rotation^T and dz = dd act'(z), both [P, R], and the
+  // listed rows of dh [M, H] = dy + dz source - dd rotation (without it unless difference). g [P,
+  // H], the rows of dy as listed, without the mask, and dh may be null.
+  void (*reft_backward)(const Matrix& dy, const ReftCall& call, const float* z,
+                        const MutableMatrix* dh, const MutableMatrix* g, float* dz, float* dd,
+                        int threads);
 
   // The loss of each row of logits [C, V]; with need_grad the row becomes its gradient.
   void (*cross_entropy_rows)(const MutableMatrix& logits, const int64_t* targets,

@@ -7,6 +7,7 @@
 #include "layer_norm.h"
 #include "linear_cross_entropy.h"
 #include "lora_linear.h"
+#include "reft.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "scaled_sum.h"
@@ -23,6 +24,8 @@ const Kernels& table() {
                                lora_expand,
                                scaled_sum,
                                ia3_scale_backward,
+                               reft_forward,
+                               reft_backward,
                                cross_entropy_rows,
                                glu_forward,
                                glu_backward,

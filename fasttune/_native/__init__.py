@@ -35,6 +35,7 @@ from fasttune._native.lora_linear import (
     lora_up,
     lora_up_backward,
 )
+from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from fasttune._native.rope import rope_backward, rope_forward
 from fasttune._native.scaled_sum import scaled_sum
@@ -65,6 +66,8 @@ __all__ = [
     "lora_down_backward",
     "lora_up",
     "lora_up_backward",
+    "reft_backward",
+    "reft_forward",
     "rms_norm_backward",
     "rms_norm_forward",
     "rope_backward",

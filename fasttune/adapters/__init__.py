@@ -26,6 +26,7 @@ from fasttune.adapters._bank import (
     end_parallel,
     make_parallel,
 )
+from fasttune.adapters.reft import activate_reft, add_reft, load_reft, remove_reft, save_reft
 from fasttune.nn import BottleneckAdapter
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
@@ -34,12 +35,17 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 __all__ = [
     "activate",
+    "activate_reft",
     "add",
+    "add_reft",
     "deactivate",
     "load",
+    "load_reft",
     "print_trainable_parameters",
     "remove",
+    "remove_reft",
     "save",
+    "save_reft",
     "stack",
 ]
 

@@ -7,6 +7,7 @@ from fasttune.nn.loss import LinearCrossEntropyLoss
 from fasttune.nn.mlp import MLP, GatedMLP
 from fasttune.nn.multiple_choice import MultipleChoiceLoss
 from fasttune.nn.norms import LayerNorm, RMSNorm
+from fasttune.nn.reft import LoReft
 
 __all__ = [
     "MLP",
@@ -14,6 +15,7 @@ __all__ = [
     "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LoReft",
     "LoraLinear",
     "MultipleChoiceLoss",
     "RMSNorm",

@@ -14,6 +14,7 @@ from fasttune.ops.linear_cross_entropy import TokenStats, linear_cross_entropy
 from fasttune.ops.linear_log_probs import linear_log_probs
 from fasttune.ops.lora_linear import LoraBranch, LoraProjection, lora_linear, lora_linear_group
 from fasttune.ops.lora_segmented import lora_segmented
+from fasttune.ops.reft import reft
 from fasttune.ops.replaced_rows import embedding_with_rows, linear_with_rows
 from fasttune.ops.rms_norm import add_rms_norm, rms_norm
 from fasttune.ops.rope import rope
@@ -41,6 +42,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "lora_segmented",
+    "reft",
     "rms_norm",
     "rope",
     "sum_of_squares",

@@ -12,6 +12,7 @@ from fasttune.testing.cases import (
     linear_log_probs,
     lora_linear,
     lora_segmented,
+    reft,
     rms_norm,
     rope,
 )
@@ -29,6 +30,7 @@ _OPS = (
     bias_activation,
     bottleneck,
     ia3_scale,
+    reft,
     rope,
     attention,
 )
