@@ -194,9 +194,9 @@ struct Parameter {
       int16_t low[kRun];
       load_run(static_cast<const int16_t*>(residue), first, numel, whole, int16_t{0}, low);
       for (int i = 0; i < kRun; ++i) out[i] = load_master(run[i], low[i]);
-      return;
+    } else {
+      for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
     }
-    for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
     if constexpr (Kind == Rounding::kKahan) {
       P rest[kRun];
       load_run(static_cast<const P*>(residue), first, numel, whole, rounded_to<P>(0.0f), rest);
