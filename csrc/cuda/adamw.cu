@@ -227,8 +227,10 @@ struct Parameter {
   }
 };
 
+// Two thread blocks a multiprocessor keep 64 KB of loads in flight; with room for three, the
+// compiler spills.
 template <typename P, typename G, Moments M, Rounding R>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(AdamWStep args) {
+__global__ void __launch_bounds__(kThreads, 2) adamw_kernel(AdamWStep args) {
   const AdamWBlock block = args.blocks[blockIdx.x];
   const AdamWAddresses& at = args.tensors[block.tensor];
   __shared__ Numbers shared_numbers;
