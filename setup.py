@@ -1,7 +1,15 @@
-"""Builds fasttune._cpu: torch-free C++, the kernels once per instruction set, in parallel."""
+"""Builds fasttune._cpu, torch-free C++, the kernels once per instruction set, in parallel; and
+fasttune._cuda, CUDA C++ for every target, through ninja, where there is nvcc.
 
+FASTTUNE_CUDA=0 leaves _cuda out, 1 insists on it, auto (the default) builds it if nvcc is found: on
+PATH, in CUDA_HOME, or in the nvidia-cuda-nvcc wheel.
+"""
+
+import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +35,51 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
+CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+# Compute capabilities with code of their own, by the PTX they are assembled from: the source is
+# compiled once for each PTX. The last PTX, kept as well, serves what comes later.
+CUDA_TARGETS = {75: (75,), 80: (80, 86, 89, 90, 100, 120)}
+MIN_NVCC = 13
+
+
+def find_nvcc() -> Path | None:
+    """nvcc on PATH, in CUDA_HOME, or in the nvidia-cuda-nvcc wheel; None where there is none."""
+    wheel = importlib.util.find_spec("nvidia")
+    places = [os.environ["CUDA_HOME"]] if os.environ.get("CUDA_HOME") else []
+    places += [
+        f"{path}/cu{MIN_NVCC}" for path in (wheel.submodule_search_locations if wheel else [])
+    ]
+    on_path = shutil.which("nvcc")
+    candidates = [Path(on_path)] if on_path else []
+    candidates += [Path(place) / "bin/nvcc" for place in places]
+    return next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def nvcc_for_cuda() -> Path | None:
+    """The nvcc that builds _cuda, or None if _cuda is not to be built.
+
+    Raises:
+        SystemExit: FASTTUNE_CUDA is no known value, or insists where no nvcc can do it.
+    """
+    wanted = os.environ.get("FASTTUNE_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"FASTTUNE_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    nvcc = None if wanted == "0" or sys.platform != "linux" else find_nvcc()
+    reason = "nvcc was not found on PATH, in CUDA_HOME or in the nvidia-cuda-nvcc wheel"
+    if nvcc is not None:
+        said = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+        release = said.split("release ")[1].split(",")[0]
+        if int(release.split(".")[0]) >= MIN_NVCC:
+            return nvcc
+        reason = f"{nvcc} is release {release}, and {MIN_NVCC}.0 or later is needed"
+    if wanted == "1":
+        raise SystemExit(f"FASTTUNE_CUDA=1: {reason}")
+    if wanted == "auto":
+        print(f"fasttune: built without CUDA C++ kernels: {reason}")
+    return None
+
 
 class BuildExt(build_ext):
     """Compiles each kernel source once per instruction set, with the namespace as a macro."""
@@ -34,6 +87,50 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
         if sys.platform == "win32":
             raise SystemExit("fasttune does not build on Windows: use Linux, macOS or WSL 2")
+        if ext.name == "fasttune._cuda":
+            self.build_cuda(ext)
+        else:
+            self.build_cpu(ext)
+
+    def build_cuda(self, ext: Pybind11Extension) -> None:
+        """One nvcc a source, as many at a time as ninja finds cores; nothing is compiled twice."""
+        temp = (ROOT / self.build_temp / "cuda").resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [*ext.include_dirs, *self.include_dirs, str(ROOT / "csrc")]
+        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3"]
+        kept = max(CUDA_TARGETS)
+        device = [
+            f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{t}' for t in targets)}]"
+            for ptx, targets in CUDA_TARGETS.items()
+        ]
+        device.append(f"-gencode=arch=compute_{kept},code=compute_{kept}")
+        names = " ".join(f"sm_{t}" for targets in CUDA_TARGETS.values() for t in targets)
+        flags = [*host, *(f"-I{path}" for path in dict.fromkeys(includes))]
+        objects = {temp / (Path(source).stem + ".o"): source for source in ext.sources}
+        lines = [
+            f"nvcc = {NVCC}",
+            "rule compile",
+            f"  command = $nvcc {' '.join(flags)} $more -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $nvcc -shared --cudart static -Xlinker -s $in -o $out",
+        ]
+        for path, source in objects.items():
+            bind = not source.endswith(".cu")
+            more = (
+                f"'-DFASTTUNE_CUDA_TARGETS=\"{names}\"'"
+                if bind
+                else " ".join(f"'{flag}'" for flag in device)
+            )
+            lines += [f"build {path}: compile {ROOT / source}", f"  more = {more}"]
+        lines += [f"build {target}: link {' '.join(map(str, objects))}", ""]
+        (temp / "build.ninja").write_text("\n".join(lines))
+        subprocess.run(["ninja", "-C", str(temp)], check=True)
+
+    def build_cpu(self, ext: Pybind11Extension) -> None:
         # Kernels run inside torch's OpenMP runtime, bound when the module loads (_native.py): a
         # second runtime would fight torch's threads. So compile with OpenMP, link without it.
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
@@ -68,7 +165,9 @@ class BuildExt(build_ext):
         )
 
 
-setup(
-    ext_modules=[Pybind11Extension("fasttune._cpu", [*KERNELS, *ONCE])],
-    cmdclass={"build_ext": BuildExt},
-)
+NVCC = nvcc_for_cuda()
+EXTENSIONS = [Pybind11Extension("fasttune._cpu", [*KERNELS, *ONCE])]
+if NVCC is not None:
+    EXTENSIONS.append(Pybind11Extension("fasttune._cuda", [*CUDA_SOURCES, "csrc/bind_cuda.cpp"]))
+
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -18,8 +18,8 @@ LIBRARY = torch.library.Library("fasttune", "DEF")
 OPS: dict[str, Op] = {}
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-# First that supports the arguments wins.
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# First that supports the arguments wins. Triton covers every op; CUDA C++ needs an R580+ driver.
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _forced: ContextVar[str | None] = ContextVar("fasttune_backend", default=None)
 

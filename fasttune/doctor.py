@@ -15,6 +15,12 @@ from fasttune.patching.report import render
 
 _PACKAGES = ("fasttune", "torch", "triton", "transformers", "peft", "trl", "accelerate", "numpy")
 
+# Why a backend that could serve an op does not.
+_ASIDE = {
+    "reference": "slower, used for checks",
+    "cuda": "Triton comes first; fasttune.use_backend('cuda') or FASTTUNE_BACKEND=cuda forces it",
+}
+
 
 def versions() -> dict[str, str]:
     """Installed versions of fasttune and its neighbours; "not installed" where there is none."""
@@ -43,7 +49,7 @@ def hardware() -> dict[str, str]:
         "GPU": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else "none visible to torch",
-        "CUDA C++ kernels": "written (csrc/cuda), not built into this version",
+        "CUDA C++ kernels": _native.cuda_not_built() or f"built for {_native.cuda().TARGETS}",
     }
     return facts
 
@@ -55,15 +61,17 @@ def backends(device_type: str) -> list[tuple[str, str, dict[str, str | None]]]:
         "reference": None,
         "cpu": _native.cpu_missing() if device_type == "cpu" else "it takes CPU tensors",
         "triton": _triton.why_not(()) if device_type == "cuda" else "it takes CUDA tensors",
-        "cuda": "it is not implemented",
+        "cuda": _native.cuda_missing() if device_type == "cuda" else "it takes CUDA tensors",
     }
     rows = []
     for name, op in sorted(_registry.OPS.items()):
         order = _registry.ORDER.get(device_type, ("reference",))
-        usable = [backend for backend in order if backend in op.backends and why[backend] is None]
-        rows.append(
-            (name, usable[0], {key: reason for key, reason in why.items() if key != usable[0]})
-        )
+        own = {
+            key: reason if key in op.backends else "it is not implemented"
+            for key, reason in why.items()
+        }
+        served = next(backend for backend in order if own[backend] is None)
+        rows.append((name, served, {key: own[key] for key in own if key != served}))
     return rows
 
 
@@ -76,10 +84,7 @@ def render_report() -> str:
     for device_type in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         table = Table("op", "served by", "the others", title=f"ops on {device_type} tensors")
         for name, backend, others in backends(device_type):
-            lines = [
-                f"{other}: {reason or 'slower, used for checks'}"
-                for other, reason in others.items()
-            ]
+            lines = [f"{other}: {reason or _ASIDE[other]}" for other, reason in others.items()]
             table.add_row(name, backend, "\n".join(lines))
         text += render(table)
     return text

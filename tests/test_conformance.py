@@ -5,6 +5,7 @@ import torch
 
 from fasttune import BackendError, _native
 from fasttune.ops import _gemm
+from fasttune.testing import cuda_on_host
 from fasttune.testing.cases import ALL
 from fasttune.testing.conformance import Case, backend, run_case
 
@@ -53,6 +54,35 @@ def test_cpu_matches_truth_with_the_other_kind_of_products(
 )
 def test_triton_interpreter_matches_truth(case: Case) -> None:
     assert run_case(case, "triton") >= 1
+
+
+@pytest.mark.skipif(cuda_on_host.compiler_missing() is not None, reason="the emulator needs g++")
+@pytest.mark.parametrize("case", [case for case in ALL if "cuda" in case.backends], ids=ids)
+def test_cuda_on_the_emulator_matches_truth(case: Case) -> None:
+    assert run_case(case, "cuda") >= 1
+
+
+@pytest.mark.skipif(cuda_on_host.compiler_missing() is not None, reason="the emulator needs g++")
+@pytest.mark.parametrize(
+    "case",
+    [case for case in ALL if case.op in ("glu", "rms_norm") and "cuda" not in case.backends],
+    ids=ids,
+)
+def test_cuda_gives_a_reason_for_what_it_does_not_take(case: Case) -> None:
+    call = case.build("cpu")
+    with (
+        backend("cuda"),
+        torch.autocast("cpu", call.autocast, enabled=call.autocast is not None),
+        pytest.raises(BackendError, match=r"it takes .* got|it takes gate and up of one dtype"),
+    ):
+        call.fused(*call.leaves)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(_native.cuda_missing() is not None, reason=str(_native.cuda_missing()))
+@pytest.mark.parametrize("case", [case for case in ALL if "cuda" in case.backends], ids=ids)
+def test_cuda_on_a_gpu_matches_truth(case: Case) -> None:
+    assert run_case(case, "cuda", device="cuda") >= 1
 
 
 @pytest.mark.gpu

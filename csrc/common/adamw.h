@@ -35,6 +35,7 @@ enum BitsPurpose : uint32_t { kWeightBits = 0, kExpAvgBits = 1, kExpAvgSqBits = 
 
 // 8-bit moments (adamw_tables.py): the code is the top of an fp32 pattern, less the smallest one's.
 constexpr int kCodeShift = 20;
-constexpr uint32_t lowest_code(bool is_signed) { return (127u - (is_signed ? 15u : 31u)) << 3; }
+template <bool Signed>
+constexpr uint32_t kLowestCode = (127u - (Signed ? 15u : 31u)) << 3;
 
 }  // namespace fasttune

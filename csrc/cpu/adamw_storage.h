@@ -68,7 +68,7 @@ inline void store_master(const float* src, int64_t count, uint16_t* weight, int1
 // 8-bit floats relative to the largest magnitude of the block.
 template <bool kSigned>
 struct Codes {
-  static constexpr uint32_t kLowest = lowest_code(kSigned);
+  static constexpr uint32_t kLowest = kLowestCode<kSigned>;
   static constexpr uint32_t kMagnitude = kSigned ? 0x7fu : 0xffu;
 
   static void load(const uint8_t* codes, float scale, int64_t count, float* dst) {

@@ -194,9 +194,9 @@ struct Parameter {
       int16_t low[kRun];
       load_run(static_cast<const int16_t*>(residue), first, numel, whole, int16_t{0}, low);
       for (int i = 0; i < kRun; ++i) out[i] = load_master(run[i], low[i]);
-      return;
+    } else {
+      for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
     }
-    for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
     if constexpr (Kind == Rounding::kKahan) {
       P rest[kRun];
       load_run(static_cast<const P*>(residue), first, numel, whole, rounded_to<P>(0.0f), rest);
@@ -227,8 +227,10 @@ struct Parameter {
   }
 };
 
+// Two thread blocks a multiprocessor keep 64 KB of loads in flight; with room for three, the
+// compiler spills.
 template <typename P, typename G, Moments M, Rounding R>
-__global__ void __launch_bounds__(kThreads) adamw_kernel(AdamWStep args) {
+__global__ void __launch_bounds__(kThreads, 2) adamw_kernel(AdamWStep args) {
   const AdamWBlock block = args.blocks[blockIdx.x];
   const AdamWAddresses& at = args.tensors[block.tensor];
   __shared__ Numbers shared_numbers;

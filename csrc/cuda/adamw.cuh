@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/adamw.h"
-#include "cuda/primitives.cuh"
+#include "cuda/stream.h"
 
 namespace fasttune::cuda {
 

@@ -65,8 +65,9 @@ __device__ __forceinline__ void store_master(float master, __nv_bfloat16* weight
 
 template <bool Signed>
 __device__ __forceinline__ float load_code(uint8_t code, float scale) {
+  constexpr uint32_t lowest = kLowestCode<Signed>;
   const uint32_t size = code & (Signed ? 0x7fu : 0xffu);
-  const float value = float_of(size ? (size + lowest_code(Signed)) << kCodeShift : 0u) * scale;
+  const float value = float_of(size ? (size + lowest) << kCodeShift : 0u) * scale;
   return Signed && code >= 0x80 ? -value : value;
 }
 
@@ -75,6 +76,7 @@ template <bool Signed>
 __device__ __forceinline__ float store_codes(const float (&values)[kRun],
                                              const uint32_t (&random)[kRun],
                                              uint8_t (&codes)[kRun]) {
+  constexpr int lowest = static_cast<int>(kLowestCode<Signed>);
   float largest = 0.0f;
   int broken = 0;
   for (int i = 0; i < kRun; ++i) {
@@ -93,7 +95,7 @@ __device__ __forceinline__ float store_codes(const float (&values)[kRun],
   for (int i = 0; i < kRun; ++i) {
     const float size = fabsf(values[i]), scaled = fminf(size * inverse, 1.0f);
     const int rounded = static_cast<int>((bits_of(scaled) + (random[i] << 4)) >> kCodeShift);
-    const int least = !Signed && size > 0.0f ? 1 : 0, code = rounded - int(lowest_code(Signed));
+    const int least = !Signed && size > 0.0f ? 1 : 0, code = rounded - lowest;
     const int magnitude = code > least ? code : least;
     codes[i] = static_cast<uint8_t>(magnitude | (Signed && values[i] < 0.0f ? 0x80 : 0));
     if (empty) codes[i] = 0;

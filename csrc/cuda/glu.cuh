@@ -3,7 +3,7 @@
 
 #include "common/activation.h"
 #include "common/dtype.h"
-#include "cuda/primitives.cuh"
+#include "cuda/stream.h"
 
 namespace fasttune::cuda {
 

@@ -4,6 +4,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/stream.h"
 
 #if defined(FASTTUNE_EMULATE)
 #include "emulator/cuda.h"
@@ -24,7 +28,7 @@
 namespace fasttune::cuda {
 
 #if defined(FASTTUNE_EMULATE)
-using Stream = void*;
+inline std::string device_error() { return ""; }
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
@@ -36,8 +40,19 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
       sizeof body);
 }
 #else
-using Stream = cudaStream_t;
+inline std::string in_words(cudaError_t error) {
+  if (error == cudaSuccess) return "";
+  int driver = 0;
+  const bool none = cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0;
+  return std::string(none ? "no CUDA driver: " : "") + cudaGetErrorString(error);
+}
 
+inline std::string device_error() {
+  int count = 0;
+  return in_words(cudaGetDeviceCount(&count));
+}
+
+// Throws std::runtime_error if the launch fails.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, Arguments... arguments) {
@@ -45,6 +60,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   // clang-format off
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   // clang-format on
+  const std::string error = in_words(cudaGetLastError());
+  if (!error.empty()) throw std::runtime_error("a CUDA kernel was not launched: " + error);
 }
 #endif
 

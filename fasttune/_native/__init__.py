@@ -5,6 +5,7 @@ plus ``addend`` where a C++ kernel folds the product of the base layer into its 
 One file an op.
 """
 
+from fasttune._native._cuda import cuda, cuda_emulated, cuda_missing, cuda_not_built
 from fasttune._native._extension import (
     convert,
     cpu,
@@ -55,6 +56,10 @@ __all__ = [
     "cpu",
     "cpu_missing",
     "cross_entropy_rows_",
+    "cuda",
+    "cuda_emulated",
+    "cuda_missing",
+    "cuda_not_built",
     "drop",
     "free_scratch",
     "glu_backward",

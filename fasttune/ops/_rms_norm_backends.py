@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry
+from fasttune._native import rms_norm_cuda
 from fasttune.ops import _rms_norm_reference, _support, _triton
 from fasttune.ops._arguments import accumulator
 from fasttune.ops._norms import cpu_supports, dense, triton_supports
@@ -122,6 +123,31 @@ def _backward_with(
     return [grad for grad in grads if grad is not None]
 
 
+def _fwd_cuda_supports(x: Tensor, weight: Tensor | None, *facts: Any) -> str | None:
+    missing = _support.why_not_cuda((x, weight))
+    return missing or _other_dtype(x, ("weight", weight), ("output", facts[-1]))
+
+
+def _add_fwd_cuda_supports(x: Tensor, residual: Tensor, *rest: Any) -> str | None:
+    if residual.dtype != x.dtype:
+        return f"it takes a residual in x's {x.dtype}, got {residual.dtype}"
+    return _support.why_not_cuda((residual,)) or _fwd_cuda_supports(x, *rest)
+
+
+def _bwd_cuda_supports(dy: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> str | None:
+    missing = _support.why_not_cuda((dy, x, weight, *rest))
+    return missing or _other_dtype(x, ("dy", dy), ("weight", weight))
+
+
+def _other_dtype(x: Tensor, *others: tuple[str, Any]) -> str | None:
+    """Why the CUDA C++ kernels cannot take the named tensors or dtypes with x, or None."""
+    for name, other in others:
+        dtype = other.dtype if isinstance(other, Tensor) else other
+        if dtype not in (None, x.dtype, torch.float32):
+            return f"it takes {name} in x's {x.dtype} or fp32, got {dtype}"
+    return None
+
+
 @FORWARD.backend("cpu", cpu_supports)
 def _fwd_cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return _forward_with(_native, *args)
@@ -150,6 +176,21 @@ def _add_fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 @BACKWARD.backend("triton", triton_supports)
 def _bwd_triton(*args: Any) -> list[Tensor]:
     return _backward_with(_triton.kernels("rms_norm"), *args)
+
+
+@FORWARD.backend("cuda", _fwd_cuda_supports)
+def _fwd_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return _forward_with(rms_norm_cuda, *args)
+
+
+@ADD_FORWARD.backend("cuda", _add_fwd_cuda_supports)
+def _add_fwd_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _add_forward_with(rms_norm_cuda, *args)
+
+
+@BACKWARD.backend("cuda", _bwd_cuda_supports)
+def _bwd_cuda(*args: Any) -> list[Tensor]:
+    return _backward_with(rms_norm_cuda, *args)
 
 
 FORWARD.backend("reference", _support.never)(_rms_norm_reference.forward)

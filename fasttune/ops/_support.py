@@ -32,6 +32,18 @@ def why_not_triton(args: Sequence[Any], a: Sequence[Tensor]) -> str | None:
     return _triton.why_not(tensors) or _dtype_or_rank(tensors, a, _triton.MAX_RANK)
 
 
+def why_not_cuda(args: Sequence[Any]) -> str | None:
+    """Why the CUDA C++ kernels cannot take ``args``, or None."""
+    tensors = _flatten(args)
+    if not _native.cuda_emulated():
+        missing = _native.cuda_missing()
+        if missing is not None:
+            return missing
+        if any(tensor.device.type != "cuda" for tensor in tensors):
+            return "it takes CUDA tensors"
+    return _dtype_or_rank(tensors, (), 0)
+
+
 def never(*args: Any) -> str | None:
     """The reference takes everything."""
     return None

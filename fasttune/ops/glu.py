@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry, _torch
+from fasttune._native import glu_cuda
 from fasttune.ops import _recipe, _support, _triton
 from fasttune.ops._activations import ACTIVATIONS, check_activation
 from fasttune.ops._arguments import accumulator, check_float, check_shape, output_shaped, rows_first
@@ -149,6 +150,15 @@ def _triton_supports(*args: Any) -> str | None:
     return _support.why_not_triton(args, ())
 
 
+def _cuda_supports(*args: Any) -> str | None:
+    """Why the CUDA C++ kernels cannot take the arguments of either op, or None."""
+    reason = _support.why_not_cuda(args)
+    if reason is not None:
+        return reason
+    dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+    return None if len(dtypes) == 1 else "it takes gate and up of one dtype"
+
+
 @FORWARD.backend("cpu", _cpu_supports)
 def _fwd_cpu(*args: Any) -> Tensor:
     return _forward_with(_native, *args)
@@ -167,6 +177,16 @@ def _fwd_triton(*args: Any) -> Tensor:
 @BACKWARD.backend("triton", _triton_supports)
 def _bwd_triton(*args: Any) -> list[Tensor]:
     return _backward_with(_triton.kernels("glu"), *args)
+
+
+@FORWARD.backend("cuda", _cuda_supports)
+def _fwd_cuda(*args: Any) -> Tensor:
+    return _forward_with(glu_cuda, *args)
+
+
+@BACKWARD.backend("cuda", _cuda_supports)
+def _bwd_cuda(*args: Any) -> list[Tensor]:
+    return _backward_with(glu_cuda, *args)
 
 
 FORWARD.backend("reference", _support.never)(_formula)

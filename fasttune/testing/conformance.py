@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fasttune import _native, _registry
+from fasttune._native import _cuda
 from fasttune.ops import _triton
-from fasttune.testing import numerics
+from fasttune.testing import cuda_on_host, numerics
 
 Forward = Callable[..., Tensor]
+
+WITHOUT_CUDA = ("reference", "cpu", "triton")
+WITH_CUDA = (*WITHOUT_CUDA, "cuda")
 
 
 @dataclass(frozen=True)
@@ -54,16 +60,20 @@ class Case:
     name: str
     op: str
     build: Callable[[str], Call]
-    backends: Sequence[str] = ("reference", "cpu", "triton")
+    backends: Sequence[str] = WITHOUT_CUDA
 
 
 @contextlib.contextmanager
 def backend(name: str, device: str = "cpu") -> Iterator[None]:
-    """Force a backend; "cpu:avx2" also picks a build, "triton" on the CPU means the interpreter."""
+    """Force a backend; "cpu:avx2" also picks a build. On the CPU "triton" means the interpreter and
+    "cuda" the emulator.
+    """
     base, _, isa = name.partition(":")
     with contextlib.ExitStack() as stack:
         if base == "triton" and device == "cpu":
             stack.enter_context(triton_on_cpu())
+        if base == "cuda" and device == "cpu":
+            stack.enter_context(cuda_on_cpu())
         if isa:
             previous = _native.cpu().isa_name()
             _native.cpu().set_isa(isa)
@@ -83,6 +93,21 @@ def triton_on_cpu() -> Iterator[None]:
             yield
     finally:
         _triton.accepts_cpu_tensors = previous
+
+
+@contextlib.contextmanager
+def cuda_on_cpu() -> Iterator[None]:
+    """The CUDA tier takes CPU tensors and runs on the emulator, behind the module's own binding."""
+    previous, _cuda.emulator = _cuda.emulator, _emulated().launch
+    try:
+        yield
+    finally:
+        _cuda.emulator = previous
+
+
+@lru_cache(maxsize=1)
+def _emulated() -> cuda_on_host.Extension:
+    return cuda_on_host.Extension(Path(__file__).parents[2] / "csrc")
 
 
 def run_case(case: Case, backend_name: str, device: str = "cpu") -> int:

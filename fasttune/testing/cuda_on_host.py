@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +121,21 @@ class Kernels:
         Raises:
             EmulatorError: the kernel broke a rule of CUDA.
         """
+        self._run(getattr(self._library, launcher), map(_as_c, args), seed, (*args, *reachable))
+
+    def _run(
+        self, function: Callable[..., Any], given: Iterable[Any], seed: int, buffers: Sequence[Any]
+    ) -> None:
         self._library.emulator_begin(ctypes.c_uint(seed))
         self._library.emulator_forget_buffers()
-        for arg in (*args, *reachable):
+        for arg in buffers:
             if isinstance(arg, Tensor) and arg.numel():
                 skipped = arg.storage_offset() * arg.element_size()
                 extent = int(arg.untyped_storage().nbytes() - skipped)
                 self._library.emulator_add_buffer(
                     ctypes.c_void_p(arg.data_ptr()), ctypes.c_size_t(extent)
                 )
-        getattr(self._library, launcher)(*map(_as_c, args))
+        function(*given)
         message = self._library.emulator_error().decode()
         if message:
             raise EmulatorError(re.sub(r"\{(0x[0-9a-f]+)\}", self._source_line, message))
@@ -139,6 +146,58 @@ class Kernels:
         command = ["addr2line", "-e", self._path, offset[1]]
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return found.split(" (")[0].strip()
+
+
+class Extension(Kernels):
+    """``fasttune._cuda`` on the emulator: bind_cuda.cpp and all kernels, compiled for the host.
+
+    Args:
+        csrc: the directory that holds ``bind_cuda.cpp``, ``emulator`` and ``cuda``.
+    """
+
+    def __init__(self, csrc: Path) -> None:
+        kernels = build(sorted(csrc.glob("cuda/*.cu")), csrc)
+        super().__init__(kernels)
+        path = _bind(csrc, kernels)
+        spec = importlib.util.spec_from_file_location("_cuda", path)
+        assert spec is not None and spec.loader is not None
+        self._module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._module)
+
+    def launch(self, name: str, *args: Any, reachable: Sequence[Tensor] = ()) -> None:
+        """In place of ``fasttune._native._cuda.launch``; threads and blocks in a random order."""
+        given = [arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args]
+        function = getattr(self._module, name)
+        self._run(function, [*given, 0], seed=1 + len(args), buffers=(*args, *reachable))
+
+
+def _bind(csrc: Path, kernels: Path) -> Path:
+    """The extension module of ``kernels``: a library of its own, because the emulator takes all
+    thread-local storage of the kernels' library, pybind11's too, for shared memory."""
+    import pybind11
+
+    source = csrc / "bind_cuda.cpp"
+    digest = hashlib.sha256(source.read_bytes() + str((kernels, pybind11.__version__)).encode())
+    module = kernels.with_name(
+        f"_cuda-{digest.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
+    if not module.exists():
+        partial = module.with_name(f"{module.name}.{os.getpid()}")
+        includes = (csrc, pybind11.get_include(), sysconfig.get_path("include"))
+        options = [*_FLAGS, '-DFASTTUNE_CUDA_TARGETS="the emulator"', "-fvisibility=hidden"]
+        options += [f"-I{path}" for path in includes]
+        _run(
+            "g++",
+            *options,
+            "-shared",
+            source,
+            kernels,
+            f"-Wl,-rpath,{kernels.parent}",
+            "-o",
+            partial,
+        )
+        os.replace(partial, module)
+    return module
 
 
 def _as_c(arg: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttune.ops import glu
 from fasttune.ops._activations import ACTIVATIONS
-from fasttune.testing.conformance import Call, Case
+from fasttune.testing.conformance import WITH_CUDA, WITHOUT_CUDA, Call, Case
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -110,7 +110,15 @@ SETTINGS: dict[str, Setting] = {
     "several-pieces": replace(_HALF, lead=(3,), features=9001),
 }
 
-CASES = [Case(f"glu-{name}", "glu", partial(_build, setting)) for name, setting in SETTINGS.items()]
+CASES = [
+    Case(
+        f"glu-{name}",
+        "glu",
+        partial(_build, setting),
+        WITH_CUDA if setting.gate == setting.up else WITHOUT_CUDA,
+    )
+    for name, setting in SETTINGS.items()
+]
 CASES += [
     Case(
         f"glu-{name}-fp64",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import add_rms_norm, rms_norm
-from fasttune.testing.conformance import Call, Case
+from fasttune.testing.conformance import WITH_CUDA, WITHOUT_CUDA, Call, Case
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 EPS = 1e-5
@@ -126,7 +126,12 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(f"rms_norm-{name}", "rms_norm", partial(_build, setting))
+    Case(
+        f"rms_norm-{name}",
+        "rms_norm",
+        partial(_build, setting),
+        WITH_CUDA if setting.weight in (None, setting.x, FP32) else WITHOUT_CUDA,
+    )
     for name, setting in SETTINGS.items()
 ]
 _EXACT = replace(_BASE, x=FP64, weight=FP64, lead=(3,), features=9)
