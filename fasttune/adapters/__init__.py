@@ -26,6 +26,7 @@ from fasttune.adapters._bank import (
     end_parallel,
     make_parallel,
 )
+from fasttune.integrations import peft
 from fasttune.nn import BottleneckAdapter
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
@@ -75,6 +76,7 @@ def add(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = _root(model)
     _check_free(model, name)
     if not reduction_factor > 0:
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
@@ -88,8 +90,9 @@ def add(
     state = model.__dict__.setdefault(_STATE, {"configs": {}, "trained": None})
     if state["trained"] is None:
         state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    if not peft.has_layers(model):  # PEFT froze the rest when it injected its own
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
     for layer, adapter in made.items():
         bank = attach(model.get_submodule(layer))
         bank[name] = adapter.train(model.training)
@@ -116,6 +119,7 @@ def stack(model: nn.Module, *names: str) -> None:
     Raises:
         ValueError: there is no such adapter, or one is named twice.
     """
+    model = _root(model)
     for name in names:
         _config(model, name)
     if len(set(names)) != len(names):
@@ -149,14 +153,15 @@ def remove(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: there is no such adapter.
     """
+    model = _root(model)
     _config(model, name)
-    for site, bank in _banks(model).items():
+    for layer, bank in _layers_with_banks(model):
         if name in bank:
             del bank[name]
             end_parallel(bank, name, model)
             bank.active = tuple(key for key in bank.active if key != name)
         if not bank:
-            detach(model.get_submodule(site))
+            detach(layer)
     state = model.__dict__[_STATE]
     del state["configs"][name]
     if not state["configs"]:
@@ -174,6 +179,7 @@ def save(model: nn.Module, name: str, directory: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
+    model = _root(model)
     config = {"name": name, **_config(model, name)}
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -195,6 +201,7 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     """
     from safetensors.torch import load_file
 
+    model = _root(model)
     path = Path(directory)
     config = json.loads((path / _CONFIG).read_text())
     tensors = load_file(path / _WEIGHTS)
@@ -221,16 +228,26 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
 def _adapter(
     layer: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
 ) -> BottleneckAdapter:
-    weight: Any = layer.weight
+    weight = _sites.base(layer).weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     size = max(1, int(site.width / reduction_factor))
     return BottleneckAdapter(site.width, size, device=weight.device, dtype=dtype, **options)
 
 
+def _root(model: nn.Module) -> nn.Module:
+    """The model that names and keeps the adapters: inside a PeftModel, its base model."""
+    return peft.base_model(model)
+
+
+def _layers_with_banks(model: nn.Module) -> list[tuple[nn.Module, AdapterBank]]:
+    layers = [(layer, layer._modules.get(CHILD)) for layer in model.modules()]
+    return [(layer, bank) for layer, bank in layers if isinstance(bank, AdapterBank)]
+
+
 def _banks(model: nn.Module) -> dict[str, AdapterBank]:
-    """By the name of the layer that they follow."""
+    """By the name of the layer that they follow, the same with and without PEFT's wrappers."""
     return {
-        key.removesuffix(f".{CHILD}"): module
+        key.removesuffix(f".{CHILD}").replace(".base_layer", ""): module
         for key, module in model.named_modules()
         if isinstance(module, AdapterBank)
     }

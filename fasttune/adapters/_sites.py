@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from fasttune.adapters._bank import AdapterBank
 
 PLACEMENTS = ("seq_bn", "double_seq_bn", "par_bn")
 
@@ -48,7 +51,7 @@ def find(model: nn.Module, placement: str) -> dict[str, Site]:
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
-    for name, stack in model.named_modules():
+    for name, stack in _walk(model):
         if not isinstance(stack, nn.ModuleList) or len({type(block) for block in stack}) != 1:
             continue
         if any(name.startswith(outer + ".") for outer, _ in found):
@@ -66,11 +69,11 @@ def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, Site]:
     width = linears[last]
     if last.startswith(inside):  # experts hold their weights in no linear layer
         raise ValueError(f"model: expected an MLP of linear layers after the attention of {name}")
-    if any(isinstance(module, nn.ModuleList) and _is_experts(module) for module in block.modules()):
+    if any(isinstance(module, nn.ModuleList) and _is_experts(module) for _, module in _walk(block)):
         raise ValueError(f"model: expected one MLP in {name}, got experts")
     if placement == "par_bn":
         first = next(key for key in linears if not key.startswith(inside))
-        layer: Any = block.get_submodule(first)
+        layer = base(block.get_submodule(first))
         if layer.weight.shape[int(isinstance(layer, nn.Linear))] != width:
             raise ValueError(f"model: expected an MLP as wide as its input in {name}")
         return {f"{name}.{last}": Site(width, f"{name}.{first}")}
@@ -94,7 +97,7 @@ def _is_experts(modules: nn.ModuleList) -> bool:
 def _attentions(block: nn.Module) -> dict[str, nn.Module]:
     """The outermost modules of ``block`` whose class says that they attend and that project."""
     found: dict[str, nn.Module] = {}
-    for name, module in block.named_modules():
+    for name, module in _walk(block):
         nested = any(name.startswith(outer + ".") for outer in found)
         if name and not nested and "Attention" in type(module).__name__ and _linears(module):
             found[name] = module
@@ -103,14 +106,33 @@ def _attentions(block: nn.Module) -> dict[str, nn.Module]:
 
 def _linears(block: nn.Module) -> dict[str, int]:
     """Linear layers of ``block`` by name in order of definition, with their output widths."""
-    return {
-        name: width
-        for name, module in block.named_modules()
-        if (width := _width(module)) is not None
-    }
+    return {name: width for name, module in _walk(block) if (width := _width(module)) is not None}
+
+
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without what was added to the model: adapters, and what PEFT wraps."""
+    yield prefix, module
+    if is_wrapper(module):
+        return
+    for name, child in module.named_children():
+        if not isinstance(child, AdapterBank):
+            yield from _walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """True for a layer around another one, as PEFT's tuners are: one site, the outer layer."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
+def base(module: Any) -> Any:
+    """The innermost layer of a wrapper, or the layer itself."""
+    while is_wrapper(module):
+        module = module.base_layer
+    return module
 
 
 def _width(module: Any) -> int | None:
+    module = base(module)
     if isinstance(module, nn.Linear):
         return module.out_features
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):

@@ -97,25 +97,31 @@ def test_copies_and_checkpointing_give_the_same_numbers(family: Family, placemen
         torch.testing.assert_close(model.get_parameter(key).grad, grad)
 
 
-def test_activate_stack_and_deactivate_choose_what_is_applied() -> None:
+@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn", "par_bn"])
+def test_activate_stack_and_deactivate_choose_what_is_applied(placement: str) -> None:
     family = BY_NAME["llama"]
     model = family.build().eval()
     plain = loss_of(model, family)
     losses = {}
     for name in ("a", "b"):
-        adapters.add(model, name, reduction_factor=4)
+        adapters.add(model, name, placement, reduction_factor=4)
         perturb(model)
         losses[name] = loss_of(model, family)
+    sites = {key.split(".adapters.")[0] for key in model.state_dict() if ".adapters.a." in key}
+    assert sites == {key.split(".adapters.")[0] for key in model.state_dict() if ".b." in key}
     adapters.activate(model, "a")
     assert torch.equal(loss_of(model, family), losses["a"])
     adapters.stack(model, "a", "b")
     both = loss_of(model, family)
-    assert not any(torch.equal(both, other) for other in (plain, *losses.values()))
+    different = [plain, losses["a"], losses["b"], both]
+    assert len({loss.item() for loss in different}) == 4
     adapters.deactivate(model)
     assert torch.equal(loss_of(model, family), plain)
     adapters.remove(model, "a")
     adapters.activate(model, "b")
     assert torch.equal(loss_of(model, family), losses["b"])
+    adapters.remove(model, "b")
+    assert torch.equal(loss_of(model, family), plain)
 
 
 _FRESH = """
