@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttune.adapters import _sites
 from fasttune.adapters._bank import (
@@ -29,19 +29,27 @@ from fasttune.adapters._bank import (
 from fasttune.integrations import peft
 from fasttune.nn import BottleneckAdapter
 
+if TYPE_CHECKING:
+    from fasttune.integrations.adapter_trainer import AdapterCheckpoints, AdapterTrainer
+
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
 _HEAD = "trained:"  # before the names of parameters outside the adapter
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 __all__ = [
+    "AdapterCheckpoints",
+    "AdapterTrainer",
     "activate",
     "add",
     "deactivate",
     "load",
+    "names",
     "print_trainable_parameters",
     "remove",
+    "restore",
     "save",
     "stack",
+    "trained_besides",
 ]
 
 
@@ -58,7 +66,8 @@ def add(
 ) -> None:
     """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
 
-    A fresh adapter is the identity. A head is frozen too unless it is in ``train_also``.
+    A fresh adapter is the identity. A head is frozen too unless it is in ``train_also``. Where PEFT
+    has injected layers, what it trains stays trained, and adapters follow those layers.
 
     Args:
         model: a transformer whose blocks are in a ModuleList; changed in place.
@@ -87,9 +96,10 @@ def add(
         name_of_layer: _adapter(model.get_submodule(name_of_layer), site, reduction_factor, options)
         for name_of_layer, site in sites.items()
     }
-    state = model.__dict__.setdefault(_STATE, {"configs": {}, "trained": None})
-    if state["trained"] is None:
+    state = model.__dict__.setdefault(_STATE, {"configs": {}})
+    if "trained" not in state:
         state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
+        state["tuned"] = peft.has_layers(model)
     if not peft.has_layers(model):  # PEFT froze the rest when it injected its own
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -150,6 +160,8 @@ def deactivate(model: nn.Module) -> None:
 def remove(model: nn.Module, name: str) -> None:
     """Remove the adapter ``name``; the last one leaves the model as it was before the first.
 
+    If PEFT has injected layers since, what it trains stays trained and nothing else is.
+
     Raises:
         ValueError: there is no such adapter.
     """
@@ -163,11 +175,15 @@ def remove(model: nn.Module, name: str) -> None:
         if not bank:
             detach(layer)
     state = model.__dict__[_STATE]
-    del state["configs"][name]
+    config = state["configs"].pop(name)
     if not state["configs"]:
-        trained = set(state["trained"])
-        for key, parameter in model.named_parameters():
-            parameter.requires_grad_(key in trained)
+        if peft.has_layers(model) and not state["tuned"]:  # PEFT has decided since
+            for head in config["train_also"]:
+                model.get_submodule(head).requires_grad_(False)
+        else:
+            trained = set(state["trained"])
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_(key in trained)
         del model.__dict__[_STATE]
 
 
@@ -210,19 +226,70 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     grads = {key: p.requires_grad for key, p in model.named_parameters()}
     active = {site: bank.active for site, bank in _banks(model).items()}
     add(model, name, **config)
-    own = _parameters(model, name)
-    shapes = {key: tuple(p.shape) for key, p in own.items()}
-    if shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
+    try:
+        _copy(model, name, tensors, path)
+    except ValueError:
         remove(model, name)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(grads[key])
         for site, bank in _banks(model).items():
             bank.active = active[site]
+        raise
+    return name
+
+
+def restore(model: nn.Module, name: str, directory: str | Path) -> None:
+    """Read what :func:`save` wrote into the adapter ``name``, which the model has already.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: there is no such adapter, or it has other options or shapes.
+    """
+    from safetensors.torch import load_file
+
+    model = _root(model)
+    path = Path(directory)
+    saved = json.loads((path / _CONFIG).read_text())
+    own = json.loads(json.dumps(_config(model, name)))
+    differs = sorted(key for key in own if own[key] != saved.get(key))
+    if differs:
+        expected = ", ".join(f"{key}={own[key]!r}" for key in differs)
+        got = ", ".join(f"{key}={saved.get(key)!r}" for key in differs)
+        raise ValueError(f"directory: expected an adapter with {expected}, got {got} in {path}")
+    _copy(model, name, load_file(path / _WEIGHTS), path)
+
+
+def names(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that ``model`` has, in the order in which they were added."""
+    return tuple(_root(model).__dict__.get(_STATE, {}).get("configs", {}))
+
+
+def trained_besides(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained and that :func:`save` of no adapter writes."""
+    root = _root(model)
+    saved = {id(p) for name in names(model) for p in _parameters(root, name).values()}
+    return [
+        (key, p) for key, p in model.named_parameters() if p.requires_grad and id(p) not in saved
+    ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AdapterCheckpoints", "AdapterTrainer"):  # importing them imports transformers
+        from fasttune.integrations import adapter_trainer
+
+        return getattr(adapter_trainer, name)
+    raise AttributeError(f"module 'fasttune.adapters' has no attribute {name!r}")
+
+
+def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy saved tensors into the adapter ``name``, all or none."""
+    own = _parameters(model, name)
+    shapes = {key: tuple(p.shape) for key, p in own.items()}
+    if shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
         raise ValueError(f"directory: expected the adapter of such a model, got other in {path}")
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
-    return name
 
 
 def _adapter(
