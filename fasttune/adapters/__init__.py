@@ -2,8 +2,8 @@
 
 Adapters follow the linear layers that end the MLP (``seq_bn``; Pfeiffer et al., 2020) and, with
 ``double_seq_bn``, the attention (Houlsby et al., 2019) of every block: before the dropout, the
-residual and the norm that come after; ``par_bn`` runs beside the MLP (He et al., 2022). The blocks
-are found by structure.
+residual and the norm that come after; ``par_bn`` runs beside the MLP (He et al., 2022), and
+``adapter_plus`` follows the whole block (Steitz and Roth, 2024). The blocks are found by structure.
 """
 
 from __future__ import annotations
@@ -59,22 +59,25 @@ def add(
     placement: str = "seq_bn",
     *,
     reduction_factor: float = 16,
-    activation: str = "relu",
-    scaling: float | str = 1.0,
+    activation: str | None = None,
+    scaling: float | str | None = None,
     dropout: float = 0.0,
     train_also: Sequence[str] = (),
 ) -> None:
     """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
 
-    A fresh adapter is the identity. A head is frozen too unless it is in ``train_also``. Where PEFT
-    has injected layers, what it trains stays trained, and adapters follow those layers.
+    A fresh adapter is the identity, but for "adapter_plus", where it is almost. A head is frozen
+    too unless it is in ``train_also``. Where PEFT has injected layers, what it trains stays
+    trained, and adapters follow those layers.
 
     Args:
         model: a transformer whose blocks are in a ModuleList; changed in place.
         name: letters, digits, ``_`` and ``-``.
-        placement: "seq_bn", "double_seq_bn" or "par_bn", which takes the input of the MLP.
+        placement: "seq_bn", "double_seq_bn", "par_bn", which takes the input of the MLP, or
+            "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations.
         reduction_factor: the output width of the layer over the bottleneck size, above 0.
-        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`.
+        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`; None: "relu" and
+            1.0, and "gelu" and "channels" for "adapter_plus".
         train_also: names or name endings of modules, a classifier for one, that stay trainable and
             are saved with the adapter, as PEFT's ``modules_to_save``; all adapters share them.
 
@@ -91,11 +94,18 @@ def add(
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
     heads = _heads(model, train_also)
     sites = _sites.find(model, placement)
-    options = {"activation": activation, "scaling": scaling, "dropout": dropout}
-    made = {
-        name_of_layer: _adapter(model.get_submodule(name_of_layer), site, reduction_factor, options)
-        for name_of_layer, site in sites.items()
+    plus = placement == "adapter_plus"
+    defaults = ("gelu", "channels") if plus else ("relu", 1.0)
+    options = {
+        "activation": defaults[0] if activation is None else activation,
+        "scaling": defaults[1] if scaling is None else scaling,
+        "dropout": dropout,
     }
+    made = {key: _adapter(model, site, reduction_factor, options) for key, site in sites.items()}
+    for adapter in made.values() if plus else ():
+        for linear in (adapter.down, adapter.up):
+            nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.zeros_(linear.bias)
     state = model.__dict__.setdefault(_STATE, {"configs": {}})
     if "trained" not in state:
         state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
@@ -293,9 +303,9 @@ def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -
 
 
 def _adapter(
-    layer: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
+    model: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
 ) -> BottleneckAdapter:
-    weight = _sites.base(layer).weight
+    weight = _sites.base(model.get_submodule(site.linear)).weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     size = max(1, int(site.width / reduction_factor))
     return BottleneckAdapter(site.width, size, device=weight.device, dtype=dtype, **options)

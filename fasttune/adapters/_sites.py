@@ -10,28 +10,31 @@ from torch import nn
 
 from fasttune.adapters._bank import AdapterBank
 
-PLACEMENTS = ("seq_bn", "double_seq_bn", "par_bn")
+PLACEMENTS = ("seq_bn", "double_seq_bn", "par_bn", "adapter_plus")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer whose output an adapter is added to.
+    """A linear layer, or a block, whose output an adapter is added to.
 
     Attributes:
         width: of the output.
+        linear: the linear layer whose dtype and device the adapter has.
         source: the layer whose input the adapter takes; None: the output of this one.
     """
 
     width: int
+    linear: str
     source: str | None = None
 
 
 def find(model: nn.Module, placement: str) -> dict[str, Site]:
-    """By name, the linear layers whose output an adapter is added to.
+    """By name, the layers whose output an adapter is added to.
 
     ``seq_bn``: the last linear layer of every block, its MLP's output (Pfeiffer et al., 2020);
     ``double_seq_bn``: the last one of every attention too (Houlsby et al., 2019); ``par_bn``: the
-    last one of every block, with the input of the first one of its MLP (He et al., 2022).
+    last one of every block, with the input of the first one of its MLP (He et al., 2022);
+    ``adapter_plus``: the block itself, after its last residual (Steitz and Roth, 2024).
 
     Raises:
         ValueError: there is no such placement, or the structure is not recognised.
@@ -71,12 +74,14 @@ def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, Site]:
         raise ValueError(f"model: expected an MLP of linear layers after the attention of {name}")
     if any(isinstance(module, nn.ModuleList) and _is_experts(module) for _, module in _walk(block)):
         raise ValueError(f"model: expected one MLP in {name}, got experts")
+    if placement == "adapter_plus":
+        return {name: Site(width, f"{name}.{last}")}
     if placement == "par_bn":
         first = next(key for key in linears if not key.startswith(inside))
         layer = base(block.get_submodule(first))
         if layer.weight.shape[int(isinstance(layer, nn.Linear))] != width:
             raise ValueError(f"model: expected an MLP as wide as its input in {name}")
-        return {f"{name}.{last}": Site(width, f"{name}.{first}")}
+        return {f"{name}.{last}": Site(width, f"{name}.{last}", f"{name}.{first}")}
     chosen = []
     if placement == "double_seq_bn":
         for prefix, attention in attentions.items():
@@ -86,7 +91,7 @@ def _sites_of(name: str, block: nn.Module, placement: str) -> dict[str, Site]:
                 raise ValueError(f"model: expected an output of width {width} in {name}.{prefix}")
             chosen.append(f"{prefix}.{own[-1]}")
     chosen.append(last)
-    return {f"{name}.{key}": Site(width) for key in chosen}
+    return {f"{name}.{key}": Site(width, f"{name}.{key}") for key in chosen}
 
 
 def _is_experts(modules: nn.ModuleList) -> bool:
