@@ -2,8 +2,8 @@
 
 Adapters follow the linear layers that end the MLP (``seq_bn``; Pfeiffer et al., 2020) and, with
 ``double_seq_bn``, the attention (Houlsby et al., 2019) of every block: before the dropout, the
-residual and the norm that come after; ``par_bn`` runs beside the MLP (He et al., 2022). The blocks
-are found by structure.
+residual and the norm that come after; ``par_bn`` runs beside the MLP (He et al., 2022), and
+``adapter_plus`` follows the whole block (Steitz and Roth, 2024). The blocks are found by structure.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fasttune.adapters import _sites
 from fasttune.adapters._bank import (
@@ -27,13 +27,19 @@ from fasttune.adapters._bank import (
     make_parallel,
 )
 from fasttune.adapters.reft import activate_reft, add_reft, load_reft, remove_reft, save_reft
+from fasttune.integrations import peft
 from fasttune.nn import BottleneckAdapter
+
+if TYPE_CHECKING:
+    from fasttune.integrations.adapter_trainer import AdapterCheckpoints, AdapterTrainer
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
 _HEAD = "trained:"  # before the names of parameters outside the adapter
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 __all__ = [
+    "AdapterCheckpoints",
+    "AdapterTrainer",
     "activate",
     "activate_reft",
     "add",
@@ -41,12 +47,15 @@ __all__ = [
     "deactivate",
     "load",
     "load_reft",
+    "names",
     "print_trainable_parameters",
     "remove",
     "remove_reft",
+    "restore",
     "save",
     "save_reft",
     "stack",
+    "trained_besides",
 ]
 
 
@@ -56,21 +65,25 @@ def add(
     placement: str = "seq_bn",
     *,
     reduction_factor: float = 16,
-    activation: str = "relu",
-    scaling: float | str = 1.0,
+    activation: str | None = None,
+    scaling: float | str | None = None,
     dropout: float = 0.0,
     train_also: Sequence[str] = (),
 ) -> None:
     """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
 
-    A fresh adapter is the identity. A head is frozen too unless it is in ``train_also``.
+    A fresh adapter is the identity, but for "adapter_plus", where it is almost. A head is frozen
+    too unless it is in ``train_also``. Where PEFT has injected layers, what it trains stays
+    trained, and adapters follow those layers.
 
     Args:
         model: a transformer whose blocks are in a ModuleList; changed in place.
         name: letters, digits, ``_`` and ``-``.
-        placement: "seq_bn", "double_seq_bn" or "par_bn", which takes the input of the MLP.
+        placement: "seq_bn", "double_seq_bn", "par_bn", which takes the input of the MLP, or
+            "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations.
         reduction_factor: the output width of the layer over the bottleneck size, above 0.
-        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`.
+        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`; None: "relu" and
+            1.0, and "gelu" and "channels" for "adapter_plus".
         train_also: names or name endings of modules, a classifier for one, that stay trainable and
             are saved with the adapter, as PEFT's ``modules_to_save``; all adapters share them.
 
@@ -81,21 +94,31 @@ def add(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = _root(model)
     _check_free(model, name)
     if not reduction_factor > 0:
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
     heads = _heads(model, train_also)
     sites = _sites.find(model, placement)
-    options = {"activation": activation, "scaling": scaling, "dropout": dropout}
-    made = {
-        name_of_layer: _adapter(model.get_submodule(name_of_layer), site, reduction_factor, options)
-        for name_of_layer, site in sites.items()
+    plus = placement == "adapter_plus"
+    defaults = ("gelu", "channels") if plus else ("relu", 1.0)
+    options = {
+        "activation": defaults[0] if activation is None else activation,
+        "scaling": defaults[1] if scaling is None else scaling,
+        "dropout": dropout,
     }
-    state = model.__dict__.setdefault(_STATE, {"configs": {}, "trained": None})
-    if state["trained"] is None:
+    made = {key: _adapter(model, site, reduction_factor, options) for key, site in sites.items()}
+    for adapter in made.values() if plus else ():
+        for linear in (adapter.down, adapter.up):
+            nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.zeros_(linear.bias)
+    state = model.__dict__.setdefault(_STATE, {"configs": {}})
+    if "trained" not in state:
         state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        state["tuned"] = peft.has_layers(model)
+    if not peft.has_layers(model):  # PEFT froze the rest when it injected its own
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
     for layer, adapter in made.items():
         bank = attach(model.get_submodule(layer))
         bank[name] = adapter.train(model.training)
@@ -122,6 +145,7 @@ def stack(model: nn.Module, *names: str) -> None:
     Raises:
         ValueError: there is no such adapter, or one is named twice.
     """
+    model = _root(model)
     for name in names:
         _config(model, name)
     if len(set(names)) != len(names):
@@ -152,23 +176,30 @@ def deactivate(model: nn.Module) -> None:
 def remove(model: nn.Module, name: str) -> None:
     """Remove the adapter ``name``; the last one leaves the model as it was before the first.
 
+    If PEFT has injected layers since, what it trains stays trained and nothing else is.
+
     Raises:
         ValueError: there is no such adapter.
     """
+    model = _root(model)
     _config(model, name)
-    for site, bank in _banks(model).items():
+    for layer, bank in _layers_with_banks(model):
         if name in bank:
             del bank[name]
             end_parallel(bank, name, model)
             bank.active = tuple(key for key in bank.active if key != name)
         if not bank:
-            detach(model.get_submodule(site))
+            detach(layer)
     state = model.__dict__[_STATE]
-    del state["configs"][name]
+    config = state["configs"].pop(name)
     if not state["configs"]:
-        trained = set(state["trained"])
-        for key, parameter in model.named_parameters():
-            parameter.requires_grad_(key in trained)
+        if peft.has_layers(model) and not state["tuned"]:  # PEFT has decided since
+            for head in config["train_also"]:
+                model.get_submodule(head).requires_grad_(False)
+        else:
+            trained = set(state["trained"])
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_(key in trained)
         del model.__dict__[_STATE]
 
 
@@ -180,6 +211,7 @@ def save(model: nn.Module, name: str, directory: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
+    model = _root(model)
     config = {"name": name, **_config(model, name)}
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -201,6 +233,7 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     """
     from safetensors.torch import load_file
 
+    model = _root(model)
     path = Path(directory)
     config = json.loads((path / _CONFIG).read_text())
     tensors = load_file(path / _WEIGHTS)
@@ -209,34 +242,95 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     grads = {key: p.requires_grad for key, p in model.named_parameters()}
     active = {site: bank.active for site, bank in _banks(model).items()}
     add(model, name, **config)
-    own = _parameters(model, name)
-    shapes = {key: tuple(p.shape) for key, p in own.items()}
-    if shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
+    try:
+        _copy(model, name, tensors, path)
+    except ValueError:
         remove(model, name)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(grads[key])
         for site, bank in _banks(model).items():
             bank.active = active[site]
+        raise
+    return name
+
+
+def restore(model: nn.Module, name: str, directory: str | Path) -> None:
+    """Read what :func:`save` wrote into the adapter ``name``, which the model has already.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: there is no such adapter, or it has other options or shapes.
+    """
+    from safetensors.torch import load_file
+
+    model = _root(model)
+    path = Path(directory)
+    saved = json.loads((path / _CONFIG).read_text())
+    own = json.loads(json.dumps(_config(model, name)))
+    differs = sorted(key for key in own if own[key] != saved.get(key))
+    if differs:
+        expected = ", ".join(f"{key}={own[key]!r}" for key in differs)
+        got = ", ".join(f"{key}={saved.get(key)!r}" for key in differs)
+        raise ValueError(f"directory: expected an adapter with {expected}, got {got} in {path}")
+    _copy(model, name, load_file(path / _WEIGHTS), path)
+
+
+def names(model: nn.Module) -> tuple[str, ...]:
+    """The adapters that ``model`` has, in the order in which they were added."""
+    return tuple(_root(model).__dict__.get(_STATE, {}).get("configs", {}))
+
+
+def trained_besides(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are trained and that :func:`save` of no adapter writes."""
+    root = _root(model)
+    saved = {id(p) for name in names(model) for p in _parameters(root, name).values()}
+    return [
+        (key, p) for key, p in model.named_parameters() if p.requires_grad and id(p) not in saved
+    ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AdapterCheckpoints", "AdapterTrainer"):  # importing them imports transformers
+        from fasttune.integrations import adapter_trainer
+
+        return getattr(adapter_trainer, name)
+    raise AttributeError(f"module 'fasttune.adapters' has no attribute {name!r}")
+
+
+def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy saved tensors into the adapter ``name``, all or none."""
+    own = _parameters(model, name)
+    shapes = {key: tuple(p.shape) for key, p in own.items()}
+    if shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
         raise ValueError(f"directory: expected the adapter of such a model, got other in {path}")
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(tensors[key])
-    return name
 
 
 def _adapter(
-    layer: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
+    model: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
 ) -> BottleneckAdapter:
-    weight: Any = layer.weight
+    weight = _sites.base(model.get_submodule(site.linear)).weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     size = max(1, int(site.width / reduction_factor))
     return BottleneckAdapter(site.width, size, device=weight.device, dtype=dtype, **options)
 
 
+def _root(model: nn.Module) -> nn.Module:
+    """The model that names and keeps the adapters: inside a PeftModel, its base model."""
+    return peft.base_model(model)
+
+
+def _layers_with_banks(model: nn.Module) -> list[tuple[nn.Module, AdapterBank]]:
+    layers = [(layer, layer._modules.get(CHILD)) for layer in model.modules()]
+    return [(layer, bank) for layer, bank in layers if isinstance(bank, AdapterBank)]
+
+
 def _banks(model: nn.Module) -> dict[str, AdapterBank]:
-    """By the name of the layer that they follow."""
+    """By the name of the layer that they follow, the same with and without PEFT's wrappers."""
     return {
-        key.removesuffix(f".{CHILD}"): module
+        key.removesuffix(f".{CHILD}").replace(".base_layer", ""): module
         for key, module in model.named_modules()
         if isinstance(module, AdapterBank)
     }

@@ -1,4 +1,4 @@
-"""The adapters behind one linear layer, applied to its output by a forward hook.
+"""The adapters behind one layer or block, applied to its output by a forward hook.
 
 The hooks are functions of this module and find what they need on the layer: deepcopy, pickle and
 checkpointing keep all of it, and the state_dict names the adapters ``<layer>.adapters.<name>``.
@@ -85,9 +85,15 @@ def _hold(layer: nn.Module, args: Any) -> None:
     _held.inputs[layer.__dict__[_SLOT]] = args[0]
 
 
-def _apply(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+def _apply(layer: nn.Module, args: Any, output: Any) -> Any:
     bank: AdapterBank = getattr(layer, CHILD)
     held = _held.inputs.pop(bank.slot, None)
+    if isinstance(output, tuple):  # a block that returns its attention weights or cache too
+        return (_through(bank, held, output[0]), *output[1:])
+    return _through(bank, held, output)
+
+
+def _through(bank: AdapterBank, held: Tensor | None, hidden: Tensor) -> Tensor:
     for name in bank.active:
-        output = bank[name](held, output) if name in bank.parallel else bank[name](output)
-    return output
+        hidden = bank[name](held, hidden) if name in bank.parallel else bank[name](hidden)
+    return hidden

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,26 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def loaded() -> bool:
     """True if PEFT has been imported: else no model can have its layers."""
     return "peft" in sys.modules
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel; any other model itself."""
+    if not loaded():
+        return model
+    from peft import PeftMixedModel, PeftModel
+
+    if isinstance(model, PeftMixedModel):
+        return cast("nn.Module", model.base_model.model)
+    return cast("nn.Module", model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def has_layers(model: nn.Module) -> bool:
+    """True if PEFT has injected layers of any method."""
+    if not loaded():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,14 @@ def perturb(model: nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn", "par_bn"])
+def set_scales(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(".adapters.s.scale"):
+                parameter.fill_(value)
+
+
+@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_fresh_is_identity_trains_and_removes_exactly(family: Family, placement: str) -> None:
     model = family.build().eval()
@@ -45,13 +53,16 @@ def test_fresh_is_identity_trains_and_removes_exactly(family: Family, placement:
         return
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    plain = loss_of(model, family)
+    with torch.no_grad():
+        plain, logits = model(**family.batch())[:2]
     adapters.add(model, "s", placement, reduction_factor=4)
+    set_scales(model, 0.0)  # adapter_plus starts with no zeros
     # Vendor products may round otherwise where a tensor lies at another address.
     torch.testing.assert_close(loss_of(model, family), plain, rtol=1e-6, atol=0)
+    set_scales(model, 1.0)
     perturb(model)
-    loss = loss_of(model, family)
-    assert abs(loss - plain) > 1e-5 * plain
+    loss, changed = model(**family.batch())[:2]
+    assert (changed - logits).abs().max() > 1e-3 * logits.abs().max()
     loss.backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (".adapters.s." in key), key
@@ -79,7 +90,40 @@ def test_a_parallel_adapter_takes_the_input_of_the_mlp() -> None:
     torch.testing.assert_close(seen["y"], expected)
 
 
-@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn"])
+@pytest.mark.parametrize("name", ["vit", "bert", "bart", "whisper", "t5"])
+def test_adapter_plus_takes_and_replaces_the_output_of_a_block(name: str) -> None:
+    family = BY_NAME[name]
+    model, seen = family.build().eval(), {}
+    blocks = {key: m for key, m in model.named_modules() if key.split(".")[-1].isdigit()}
+
+    def first(output: Any) -> Tensor:
+        return output[0] if isinstance(output, tuple) else output
+
+    for key, block in blocks.items():  # before the adapter's own hook
+        block.register_forward_hook(lambda m, a, y, key=key: seen.update({key: first(y).clone()}))
+    adapters.add(model, "s", "adapter_plus", reduction_factor=4)
+    sites = {key: block for key, block in blocks.items() if hasattr(block, "adapters")}
+    stacks = {key.rpartition(".")[0] for key in sites}
+    assert len(sites) == 2 * len(stacks)
+    assert len(stacks) == (2 if family.name in ("bart", "whisper", "t5") else 1)
+    after = {}
+    for key, block in sites.items():
+        adapter = block.adapters["s"]
+        assert adapter.activation == "gelu" and torch.equal(adapter.scale, torch.ones(32))
+        assert not adapter.down.bias.any() and not adapter.up.bias.any()
+        weights = torch.cat([adapter.down.weight.flatten(), adapter.up.weight.flatten()])
+        assert weights.abs().max() <= 0.02 and 0.007 < weights.std() < 0.010
+        block.register_forward_hook(lambda m, a, y, key=key: after.update({key: first(y).clone()}))
+    perturb(model)
+    loss_of(model, family)
+    assert set(after) == set(sites)
+    for key, block in sites.items():
+        x, adapter = seen[key], block.adapters["s"]
+        inner = nn.functional.gelu(adapter.down(x))
+        torch.testing.assert_close(after[key], x + adapter.scale * adapter.up(inner))
+
+
+@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn", "adapter_plus"])
 @pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
 def test_copies_and_checkpointing_give_the_same_numbers(family: Family, placement: str) -> None:
     model = family.build().eval()
@@ -97,25 +141,31 @@ def test_copies_and_checkpointing_give_the_same_numbers(family: Family, placemen
         torch.testing.assert_close(model.get_parameter(key).grad, grad)
 
 
-def test_activate_stack_and_deactivate_choose_what_is_applied() -> None:
+@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus"])
+def test_activate_stack_and_deactivate_choose_what_is_applied(placement: str) -> None:
     family = BY_NAME["llama"]
     model = family.build().eval()
     plain = loss_of(model, family)
     losses = {}
     for name in ("a", "b"):
-        adapters.add(model, name, reduction_factor=4)
+        adapters.add(model, name, placement, reduction_factor=4)
         perturb(model)
         losses[name] = loss_of(model, family)
+    sites = {key.split(".adapters.")[0] for key in model.state_dict() if ".adapters.a." in key}
+    assert sites == {key.split(".adapters.")[0] for key in model.state_dict() if ".b." in key}
     adapters.activate(model, "a")
     assert torch.equal(loss_of(model, family), losses["a"])
     adapters.stack(model, "a", "b")
     both = loss_of(model, family)
-    assert not any(torch.equal(both, other) for other in (plain, *losses.values()))
+    different = [plain, losses["a"], losses["b"], both]
+    assert len({loss.item() for loss in different}) == 4
     adapters.deactivate(model)
     assert torch.equal(loss_of(model, family), plain)
     adapters.remove(model, "a")
     adapters.activate(model, "b")
     assert torch.equal(loss_of(model, family), losses["b"])
+    adapters.remove(model, "b")
+    assert torch.equal(loss_of(model, family), plain)
 
 
 _FRESH = """
@@ -183,7 +233,7 @@ def test_generate_uses_the_adapter() -> None:
     assert torch.equal(logits.argmax(-1), cached[:, ids.shape[1] :])
 
 
-@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn"])
+@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn", "adapter_plus"])
 @pytest.mark.parametrize("first", ["patch", "add"])
 @pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
 def test_a_patched_model_applies_the_adapters(family: Family, first: str, placement: str) -> None:

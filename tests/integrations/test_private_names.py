@@ -150,3 +150,18 @@ def test_transformers_loss_function() -> None:
     model = tiny_llama()
     model.loss_function = len
     assert model.__dict__["_loss_function"] is len
+
+
+def test_trainer_saves_and_loads_checkpoints_by_these_names() -> None:
+    from transformers import Trainer
+
+    for name, parameters in {
+        "_save": ["self", "output_dir", "state_dict"],
+        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        "_load_best_model": ["self"],
+    }.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters
+    assert "self._save(output_dir)" in inspect.getsource(Trainer.save_model)
+    assert "self._load_best_model()" in inspect.getsource(Trainer)
+    assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(Trainer)
+    assert "state.best_model_checkpoint" in inspect.getsource(Trainer._load_best_model)
