@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +243,8 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     active = {site: bank.active for site, bank in _banks(model).items()}
     add(model, name, **config)
     try:
-        _copy(model, name, tensors, path)
+        _check_shapes(model, name, tensors, path)
+        _copy(model, name, tensors)
     except ValueError:
         remove(model, name)
         for key, parameter in model.named_parameters():
@@ -254,17 +255,27 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     return name
 
 
-def restore(model: nn.Module, name: str, directory: str | Path) -> None:
-    """Read what :func:`save` wrote into the adapter ``name``, which the model has already.
+def restore(model: nn.Module, directories: Mapping[str, str | Path]) -> None:
+    """Read what :func:`save` wrote into adapters that the model has already, all or none.
+
+    Args:
+        model: the model.
+        directories: the folder of each adapter, by the name that it has in the model.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: there is no such adapter, or it has other options or shapes.
     """
+    model = _root(model)
+    saved = {name: _read(model, name, Path(path)) for name, path in directories.items()}
+    for name, tensors in saved.items():
+        _copy(model, name, tensors)
+
+
+def _read(model: nn.Module, name: str, path: Path) -> dict[str, Tensor]:
+    """The saved tensors of an adapter that the model has with the same options and shapes."""
     from safetensors.torch import load_file
 
-    model = _root(model)
-    path = Path(directory)
     saved = json.loads((path / _CONFIG).read_text())
     own = json.loads(json.dumps(_config(model, name)))
     differs = sorted(key for key in own if own[key] != saved.get(key))
@@ -272,7 +283,9 @@ def restore(model: nn.Module, name: str, directory: str | Path) -> None:
         expected = ", ".join(f"{key}={own[key]!r}" for key in differs)
         got = ", ".join(f"{key}={saved.get(key)!r}" for key in differs)
         raise ValueError(f"directory: expected an adapter with {expected}, got {got} in {path}")
-    _copy(model, name, load_file(path / _WEIGHTS), path)
+    tensors = load_file(path / _WEIGHTS)
+    _check_shapes(model, name, tensors, path)
+    return tensors
 
 
 def names(model: nn.Module) -> tuple[str, ...]:
@@ -297,14 +310,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'fasttune.adapters' has no attribute {name!r}")
 
 
-def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy saved tensors into the adapter ``name``, all or none."""
-    own = _parameters(model, name)
-    shapes = {key: tuple(p.shape) for key, p in own.items()}
+def _check_shapes(model: nn.Module, name: str, tensors: dict[str, Tensor], path: Path) -> None:
+    shapes = {key: tuple(p.shape) for key, p in _parameters(model, name).items()}
     if shapes != {key: tuple(t.shape) for key, t in tensors.items()}:
         raise ValueError(f"directory: expected the adapter of such a model, got other in {path}")
+
+
+def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for key, parameter in own.items():
+        for key, parameter in _parameters(model, name).items():
             parameter.copy_(tensors[key])
 
 

@@ -7,6 +7,8 @@ Read from transformers 5.24 (``trainer.py``): ``_save``, ``_load_from_checkpoint
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,23 @@ class AdapterCheckpoints:
             logger.warning("the checkpoint holds the whole model: %s", reason)
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             return
-        # PEFT filters its own; without it the file of an empty state is removed below.
-        super()._save(output_dir, state_dict if tuned else {})  # type: ignore[misc]
+        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
+        if tuned:  # PEFT filters its own
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        elif trainer.args.should_save:
+            self._save_all_but_weights(folder)
         if not trainer.args.should_save:
             return
-        folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
-        for name in () if tuned else _WEIGHTS:
-            (folder / name).unlink(missing_ok=True)
         for name in adapters.names(model):
             adapters.save(model, name, folder / FOLDER / name)
+
+    def _save_all_but_weights(self, folder: Path) -> None:
+        """What Trainer writes beside the weights; a model that lies in ``folder`` stays there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            super()._save(scratch, {})  # type: ignore[misc]
+            without_weights = shutil.ignore_patterns(*_WEIGHTS)
+            shutil.copytree(scratch, folder, dirs_exist_ok=True, ignore=without_weights)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -87,8 +97,7 @@ class AdapterCheckpoints:
                 f"resume_from_checkpoint: expected the adapters {', '.join(own) or 'none'}, got "
                 f"{', '.join(saved)} in {folder}"
             )
-        for name in own:
-            adapters.restore(model, name, folder / name)
+        adapters.restore(model, {name: folder / name for name in own})
         return True
 
     def _whole_model_needed(self, tuned: bool) -> str | None:

@@ -100,6 +100,40 @@ def test_other_adapters_than_the_checkpoints_are_refused(tmp_path: Path) -> None
     assert all(torch.equal(value, before[key]) for key, value in trained(narrow).items())
 
 
+def test_a_model_in_the_folder_stays_there(tmp_path: Path) -> None:
+    model = adapted()
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's weights")
+    adapters.AdapterTrainer(model, arguments(tmp_path), train_dataset=Texts()).save_model()
+    assert (tmp_path / "model.safetensors").read_bytes() == b"somebody's weights"
+    assert (tmp_path / "training_args.bin").is_file()
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == ["s"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_of_several_adapters_all_are_restored_or_none(tmp_path: Path) -> None:
+    def two(**second: Any) -> nn.Module:
+        model = adapted()
+        adapters.add(model, "z", **second)
+        return model
+
+    saved = two()
+    trainer = adapters.AdapterTrainer(saved, arguments(tmp_path), train_dataset=Texts())
+    trainer.save_model(str(tmp_path / "checkpoint-3"))
+    same, other = two(), two(reduction_factor=8)
+    for model in (same, other):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.5)
+    adapters.restore(same, {n: tmp_path / "checkpoint-3" / "adapters" / n for n in ("s", "z")})
+    expected = dict(saved.named_parameters())
+    restored = [k for k, p in same.named_parameters() if ".adapters." in k]
+    assert restored and all(torch.equal(same.get_parameter(k), expected[k]) for k in restored)
+    with pytest.raises(ValueError, match="with reduction_factor=8, got reduction_factor=16"):
+        train(other, tmp_path / "other", str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(p, torch.full_like(p, 0.5)) for p in other.parameters())
+
+
 def test_what_is_trained_besides_is_never_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,7 +116,7 @@ def test_a_saved_adapter_fits_with_and_without_peft(tmp_path: Path) -> None:
     adapters.save(model, "s", tmp_path)
     plain, later = LLAMA.build(), built("adapters first")
     adapters.load(plain, tmp_path)
-    adapters.restore(later, "s", tmp_path)
+    adapters.restore(later, {"s": tmp_path})
     for key, value in model.state_dict().items():
         if ".adapters.s." in key:
             name = key.removeprefix("base_model.model.")
