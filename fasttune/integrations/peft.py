@@ -76,6 +76,15 @@ def other_tuner_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def method_of(layer: nn.Module) -> str:
+    """The name of the method that a PEFT layer belongs to, as its package has it: "vera"."""
+    for base in type(layer).__mro__:
+        parts = base.__module__.split(".")
+        if parts[:2] == ["peft", "tuners"]:
+            return parts[2]
+    return type(layer).__name__
+
+
 # Layers that run a quantised base and then add the branches as lora.Linear does: read and tested
 # one by one, because their forwards differ in details.
 _QUANTISED = {

@@ -52,7 +52,7 @@ def patch_layers(session: Session) -> None:
         groups.forget(layer for family in families.values() for layer in family)
     for name, layer in peft.other_tuner_layers(session.model):
         if not peft_ia3.is_ia3(layer):  # a kind of their own
-            session.skip(KIND, name, f"PEFT method {type(layer).__name__} is not fused yet")
+            session.skip(KIND, name, f"PEFT's {peft.method_of(layer)} is not fused")
 
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
