@@ -133,9 +133,19 @@ def must_dispatch(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+# Asked at every call, where a look into os.environ would show in the time of a small model.
+_environment = os.environ.get("FASTTUNE_BACKEND")
+
+
+def read_environment() -> None:
+    """Read ``FASTTUNE_BACKEND`` again; importing fasttune and ``fasttune.patch`` do."""
+    global _environment
+    _environment = os.environ.get("FASTTUNE_BACKEND")
+
+
 def forced_backend() -> str | None:
     """The backend that ``use_backend`` or ``FASTTUNE_BACKEND`` asks for, or None."""
-    name = _forced.get() or os.environ.get("FASTTUNE_BACKEND") or None
+    name = _forced.get() or _environment or None
     if name is not None:
         _check_name(name, "FASTTUNE_BACKEND")
     return name

@@ -90,7 +90,7 @@ def lora_not_faster(x: Tensor, outputs: int, branches: Sequence[LoraBranch]) -> 
 
 def _elements(x: Tensor, outputs: int) -> int:
     """Of the input [*, K] and the output [*, outputs] of a projection."""
-    features = x.shape[-1]
+    features = x.size(-1)
     return x.numel() // max(features, 1) * (features + outputs)
 
 

@@ -88,6 +88,7 @@ def patch(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     wanted = _check_kinds(kinds, fused_loss)
+    _registry.read_environment()
     _registry.forced_backend()  # a misspelt FASTTUNE_BACKEND shows here, not at the first forward
     if os.environ.get("FASTTUNE_DISABLE", "0").lower() not in ("", "0", "false", "no", "off"):
         state.logger.warning("FASTTUNE_DISABLE is set: fasttune.patch leaves the model as it is")

@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 import fasttune
-from fasttune import _native
+from fasttune import _native, _registry
 from fasttune.ops import LoraBranch, LoraProjection, lora_linear, lora_linear_group
 from fasttune.ops.lora_linear import BACKWARD, FORWARD
 
@@ -181,7 +181,7 @@ def test_forced_backends(monkeypatch):
         fasttune.use_backend("gpu"),
     ):
         pass
-    monkeypatch.setenv("FASTTUNE_BACKEND", "refrence")
+    monkeypatch.setattr(_registry, "_environment", "refrence")
     with pytest.raises(ValueError, match="FASTTUNE_BACKEND: expected one of"):
         lora_linear(x, weight, a, b)
 

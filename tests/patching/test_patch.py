@@ -13,6 +13,7 @@ from tiny_models import gradients, relative, tiny_llama, with_lora
 from torch import nn
 
 import fasttune
+from fasttune import _registry
 from fasttune.patching import lora, swap
 
 
@@ -158,6 +159,7 @@ def test_names_that_match_nothing_are_named(make_lora_model, caplog):
 
 
 def test_a_misspelt_backend_shows_at_patch(make_lora_model, monkeypatch):
+    monkeypatch.setattr(_registry, "_environment", None)  # and put back afterwards
     monkeypatch.setenv("FASTTUNE_BACKEND", "bogus")
     with pytest.raises(ValueError, match="FASTTUNE_BACKEND"):
         fasttune.patch(make_lora_model())
