@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.adapters import _sites
+from fasttune.adapters import _saved, _sites
 from fasttune.adapters._bank import (
     CHILD,
     AdapterBank,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from fasttune.integrations.adapter_trainer import AdapterCheckpoints, AdapterTrainer
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
-_HEAD = "trained:"  # before the names of parameters outside the adapter
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 __all__ = [
@@ -98,7 +97,7 @@ def add(
     _check_free(model, name)
     if not reduction_factor > 0:
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
-    heads = _heads(model, train_also)
+    heads = _saved.heads(model, train_also)
     sites = _sites.find(model, placement)
     plus = placement == "adapter_plus"
     defaults = ("gelu", "channels") if plus else ("relu", 1.0)
@@ -352,31 +351,7 @@ def _banks(model: nn.Module) -> dict[str, AdapterBank]:
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """What is saved of an adapter: its own parameters by site, and those that are trained too."""
-    heads = {
-        f"{_HEAD}{module}.{key}": parameter
-        for module in _config(model, name)["train_also"]
-        for key, parameter in model.get_submodule(module).named_parameters()
-    }
-    return heads | {
-        f"{site}.{key}": parameter
-        for site, bank in _banks(model).items()
-        if name in bank
-        for key, parameter in bank[name].named_parameters()
-    }
-
-
-def _heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """The qualified names of the modules that ``train_also`` means."""
-    if isinstance(wanted, str):
-        wanted = [wanted]
-    names = [key for key, _ in model.named_modules() if key]
-    found = []
-    for name in wanted:
-        matches = [key for key in names if key == name or key.endswith(f".{name}")]
-        if not matches:
-            raise ValueError(f"train_also: expected names of modules, got {name!r}")
-        found += matches
-    return sorted(set(found))
+    return _saved.parameters(model, name, _config(model, name)["train_also"], _banks(model))
 
 
 def _config(model: nn.Module, name: str) -> dict[str, Any]:

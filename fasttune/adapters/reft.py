@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttune.adapters import _prompt, _sites
+from fasttune.adapters import _prompt, _saved, _sites
 from fasttune.adapters._positions import parse
 from fasttune.adapters._reft_bank import CHILD, Intervention, ReftBank, attach, detach
 from fasttune.nn import LoReft
 
 _STATE = "_fasttune_reft"  # on the model: configs by name, trained base parameters
-_HEAD = "trained:"  # before the names of parameters outside the interventions
 _CONFIG, _WEIGHTS = "reft_config.json", "reft_model.safetensors"
 
 
@@ -67,7 +66,7 @@ def add_reft(
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError("model: expected an encoder or a decoder, got both in one")
     where = parse(positions)
-    heads = _modules_named(model, train_also)
+    heads = _saved.heads(model, train_also)
     options = {"variant": variant, "activation": activation, "dropout": dropout}
     made: dict[str, Intervention] = {}
     for layer in _layers(model, layers):
@@ -257,31 +256,7 @@ def _banks(model: nn.Module) -> dict[str, ReftBank]:
 
 def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """What is saved: the interventions' own parameters by layer, and those that are trained too."""
-    heads = {
-        f"{_HEAD}{module}.{key}": parameter
-        for module in _config(model, name)["train_also"]
-        for key, parameter in model.get_submodule(module).named_parameters()
-    }
-    return heads | {
-        f"{layer}.{key}": parameter
-        for layer, bank in _banks(model).items()
-        if name in bank
-        for key, parameter in bank[name].named_parameters()
-    }
-
-
-def _modules_named(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """The qualified names of the modules that ``train_also`` means."""
-    if isinstance(wanted, str):
-        wanted = [wanted]
-    names = [key for key, _ in model.named_modules() if key]
-    found = set()
-    for name in wanted:
-        matches = {key for key in names if key == name or key.endswith(f".{name}")}
-        if not matches:
-            raise ValueError(f"train_also: expected names of modules, got {name!r}")
-        found |= matches
-    return sorted(found)
+    return _saved.parameters(model, name, _config(model, name)["train_also"], _banks(model))
 
 
 def _config(model: nn.Module, name: str) -> dict[str, Any]:

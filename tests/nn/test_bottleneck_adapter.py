@@ -36,7 +36,7 @@ def results(function: Any, adapter: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
-def agree(adapter: BottleneckAdapter, formula: Any) -> None:
+def assert_agrees(adapter: BottleneckAdapter, formula: Any) -> None:
     x = torch.randn(2, 5, H)
     ours, theirs = results(adapter, adapter, x), results(formula, adapter, x)
     assert ours.keys() == theirs.keys()
@@ -64,7 +64,7 @@ def test_it_computes_its_formula(activation: str, scaling: float | str) -> None:
         u = adapter.up(function(adapter.down(x)))
         return x + u * (adapter.scaling if adapter.scale is None else adapter.scale)
 
-    agree(adapter, formula)
+    assert_agrees(adapter, formula)
 
 
 def test_norm_gate_outer_activation_and_callables() -> None:
@@ -80,7 +80,7 @@ def test_norm_gate_outer_activation_and_callables() -> None:
         gate = torch.sigmoid(adapter.gate(x)).mean(1, keepdim=True)
         return x + u * gate * adapter.scale
 
-    agree(adapter, formula)
+    assert_agrees(adapter, formula)
 
 
 def test_another_residual() -> None:

@@ -1,0 +1,45 @@
+"""What a file of an adapter or of interventions holds, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+HEAD = "trained:"  # before the names of parameters that are trained too
+
+
+def heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """The qualified names of the modules that ``train_also`` means.
+
+    Raises:
+        ValueError: a name fits no module.
+    """
+    if isinstance(wanted, str):
+        wanted = [wanted]
+    names = [key for key, _ in model.named_modules() if key]
+    found = set()
+    for name in wanted:
+        matches = {key for key in names if key == name or key.endswith(f".{name}")}
+        if not matches:
+            raise ValueError(f"train_also: expected names of modules, got {name!r}")
+        found |= matches
+    return sorted(found)
+
+
+def parameters(
+    model: nn.Module, name: str, train_also: Sequence[str], banks: Mapping[str, Any]
+) -> dict[str, nn.Parameter]:
+    """The parameters of ``name`` in every bank, and those of the modules ``train_also``."""
+    trained = {
+        f"{HEAD}{module}.{key}": parameter
+        for module in train_also
+        for key, parameter in model.get_submodule(module).named_parameters()
+    }
+    return trained | {
+        f"{site}.{key}": parameter
+        for site, bank in banks.items()
+        if name in bank
+        for key, parameter in bank[name].named_parameters()
+    }
