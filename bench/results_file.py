@@ -57,9 +57,9 @@ def table(results: list[Result]) -> Table:
         )
         rendered.add_row(
             name,
-            f"{result['stock']:,.3f} {result['unit']}",
+            f"{result['stock']:,.3f} {result['unit']}" if result["stock"] else "out of memory",
             f"{result['fasttune']:,.3f} {result['unit']}",
-            f"{result['ratio']:.2f}",
+            f"{result['ratio']:.2f}" if result["ratio"] else "",
             interval,
             str(result["runs"]),
         )

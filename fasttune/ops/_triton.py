@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -35,11 +35,13 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
     return None
 
 
+@cache
 def kernels(op: str) -> ModuleType:
     """The module of launchers of an op, ``fasttune_kernels.<op>``."""
     return importlib.import_module(f"fasttune_kernels.{op}")
 
 
+@cache
 def head_kernels() -> ModuleType:
     """The launchers that the fused head needs: those of its row loss and those of LoRA."""
     combined = ModuleType("head_kernels")

@@ -82,7 +82,7 @@ class AdamW(Optimizer):
     _norms: tuple[tuple[Bucket, Tensor], ...] = ()
     # Parameters that the current backward has stepped; None unless fuse_into_backward is in force.
     fused_steps: set[int] | None = None
-    grad_norm: Tensor | None = None  # 0-d float64: of the last step, if there was a limit to it
+    _squares: Tensor | None = None  # 0-d float64, of the unscaled gradients of the last step
 
     def __init__(
         self,
@@ -293,11 +293,16 @@ class AdamW(Optimizer):
 
     def _note_norm(self, squares: dict[Any, Tensor], scale: Tensor | None) -> None:
         total = next(iter(squares.values()), None)
-        if total is None:
-            self.grad_norm = None
-        else:
-            norm = total.sqrt()
-            self.grad_norm = norm if scale is None else norm / _on(norm.device, scale).view(())  # type: ignore[union-attr]
+        if total is not None and scale is not None:  # the scaler changes its scale after the step
+            total = total / _on(total.device, scale).view(()).double().square()  # type: ignore[union-attr]
+        self._squares = total
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """0-d float64: the norm of all gradients of the last step before clipping, unscaled; None
+        without ``max_grad_norm`` and ``skip_nonfinite``. Computed when it is read.
+        """
+        return None if self._squares is None else self._squares.sqrt()
 
     def _one_value(self, name: str) -> Any:
         values = [group.get(name, self.defaults[name]) for group in self.param_groups]

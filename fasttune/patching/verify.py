@@ -7,14 +7,15 @@
 2. The whole step, with LoRA dropout off, is compared with the stock step: the loss and the gradient
    of every parameter. What counts as equal is measured: stock runs again with one rounding error
    added to the output of each patched layer, and fasttune may differ from stock by at most
-   _NOISE_FACTOR times what that changes. A gradient that is exactly zero where stock's is not is an
-   error whatever its size.
+   _NOISE_FACTOR times what that changes. The loss is one number, which may change little by luck:
+   for it counts the standard deviation of what those errors change it by, to first order. A
+   gradient that is exactly zero where stock's is not is an error whatever its size.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ def _check_step(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[La
     fused = _step(model, batch, loss_fn)
     with swap.stock():
         stock = _step(model, batch, loss_fn)
-        with _rounding_noise(model):
+        with _rounding_noise(model) as deviation_of_loss:
             noisy = _step(model, batch, loss_fn)
     checks = []
     for name, theirs in stock.items():
@@ -135,6 +136,8 @@ def _check_step(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[La
             raise VerificationError("", f"{name} (zero or missing, stock's is not)", size, 0.0)
         error = float((ours.double() - theirs.double()).norm())
         noise = float((noisy[name].double() - theirs.double()).norm())
+        if name == "loss":
+            noise = max(noise, deviation_of_loss())
         allowed = _NOISE_FACTOR * noise + 4 * torch.finfo(theirs.dtype).eps * size
         if not error <= allowed:
             raise VerificationError("", name, error, allowed)
@@ -157,24 +160,37 @@ def _step(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> dict[str, Ten
 
 
 @contextlib.contextmanager
-def _rounding_noise(model: nn.Module) -> Iterator[None]:
-    """Adds one rounding error to the output and to the output gradient of every patched layer."""
+def _rounding_noise(model: nn.Module) -> Iterator[Callable[[], float]]:
+    """Adds one rounding error to the output and to the output gradient of every patched layer.
+
+    Yields a function that gives, after a step, the standard deviation of the loss under such errors
+    of the outputs: the root of the sum of (gradient of an element times the size of its error)^2.
+    """
     generators: dict[torch.device, torch.Generator] = {}
+    variances: list[Tensor] = []
+
+    def widened(value: Tensor) -> Tensor:
+        return value.to(torch.promote_types(value.dtype, torch.float32))
+
+    def size_of_error(value: Tensor, depth: int) -> Tensor:
+        """Rounding of the result, and accumulation in fp32 over ``depth`` terms of its typical
+        size.
+        """
+        wide = widened(value)
+        unit, accumulated = (
+            torch.finfo(value.dtype).eps / 2,
+            torch.finfo(torch.float32).eps / 2 * depth**0.5,
+        )
+        typical = wide.square().mean().sqrt() if wide.numel() else wide.sum()
+        size: Tensor = unit * wide.abs() + accumulated * typical
+        return size
 
     def perturb(value: Tensor, depth: int) -> Tensor:
         generator = generators.setdefault(
             value.device, torch.Generator(value.device).manual_seed(len(generators))
         )
         sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
-        wide = value.to(torch.promote_types(value.dtype, torch.float32))
-        # Rounding of the result, and accumulation in fp32 over `depth` terms of its typical size.
-        unit, accumulated = (
-            torch.finfo(value.dtype).eps / 2,
-            torch.finfo(torch.float32).eps / 2 * depth**0.5,
-        )
-        typical = wide.square().mean().sqrt() if wide.numel() else wide.sum()
-        noise: Tensor = sign * (unit * wide.abs() + accumulated * typical)
-        return (wide + noise).to(value.dtype)
+        return (widened(value) + sign * size_of_error(value, depth)).to(value.dtype)
 
     def after(layer: Any, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # attention modules return (output, weights)
@@ -185,7 +201,14 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
         width = args[0].shape[-1] if args and isinstance(args[0], Tensor) else output.shape[-1]
         noisy = output + (perturb(output.detach(), width) - output.detach())
         if noisy.requires_grad:
-            noisy.register_hook(lambda gradient: perturb(gradient, gradient.shape[-1]))
+            value = noisy.detach()
+
+            def backward(gradient: Tensor) -> Tensor:
+                change = widened(gradient) * size_of_error(value, width)
+                variances.append(change.square().sum(dtype=torch.float64))
+                return perturb(gradient, gradient.shape[-1])
+
+            noisy.register_hook(backward)
         return noisy
 
     patched = (
@@ -205,7 +228,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
         if any(kind in patched for kind in swap.kinds_of(module))
     ]
     try:
-        yield
+        yield lambda: float(sum(float(variance) for variance in variances)) ** 0.5
     finally:
         for handle in handles:
             handle.remove()

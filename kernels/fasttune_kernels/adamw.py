@@ -107,10 +107,10 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     """0-d float64 on the device of the gradients, which are contiguous and of one dtype."""
     device = grads[0].device
     sizes = tuple(grad.numel() for grad in grads)
-    out = torch.zeros((), dtype=torch.float64, device=device)
     blocks = blocks_of(sizes, device)
     if not len(blocks):
-        return out
+        return torch.zeros((), dtype=torch.float64, device=device)
+    out = torch.empty((), dtype=torch.float64, device=device)
     rows = [[grad.data_ptr(), size] for grad, size in zip(grads, sizes, strict=True)]
     table = uploaded(torch.tensor(rows), device)
     partial = torch.empty(len(blocks), dtype=torch.float32, device=device)
@@ -404,7 +404,8 @@ def adamw_step(
     """Norms [n, 3] fp32; the step in place. All tensors contiguous, each list of one dtype."""
     device, count = params[0].device, len(params)
     sizes = tuple(param.numel() for param in params)
-    norms = torch.zeros(count, 3, device=device)
+    # Tensors without elements have no block to write their norms.
+    norms = (torch.empty if all(sizes) else torch.zeros)(count, 3, device=device)
     blocks = blocks_of(sizes, device)
     if not len(blocks):
         return norms

@@ -1,4 +1,10 @@
-"""Products of operands of different dtypes, accumulated in fp32, no operand rounded."""
+"""Products of operands of different dtypes, accumulated in fp32, no operand rounded.
+
+A product that has to be as exact as fp32 is summed in two levels: a tile's terms on their own, the
+tiles by additions that round to nearest. Tensor cores cut off what they add to an accumulator
+instead of rounding it, which drifts in one long chain: five times cuBLAS's error in fp32 over 300
+rows on an H100. Multiply-adds do round, but a chain of hundreds is as far off.
+"""
 
 import triton
 import triton.language as tl
@@ -13,7 +19,7 @@ def _leading_bf16(x):
 
 @triton.jit
 def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
-    """acc + lhs @ rhs on bf16 tensor cores; the operand marked SPLIT is fp32, the other is bf16.
+    """lhs @ rhs + acc on bf16 tensor cores; the operand marked SPLIT is fp32, the other is bf16.
 
     24 significant bits are three times 8, so three terms cut by truncation are the operand itself:
     the differences are exact, nothing overflows, and bf16 has the exponent range of fp32. Only
@@ -38,31 +44,59 @@ def _dot_terms(lhs, rhs, acc, SPLIT_LHS: tl.constexpr, SPLIT_RHS: tl.constexpr):
 
 
 @triton.jit
-def dot_exact(lhs, rhs, acc, TENSOR_CORES: tl.constexpr):
+def _dot_split(lhs, rhs, acc):
+    """acc + lhs @ rhs of fp32 operands on bf16 tensor cores: six of the nine products of their
+    terms, which leaves out less than 2^-22 of |lhs| @ |rhs|.
+    """
+    lhs_high, rhs_high = _leading_bf16(lhs), _leading_bf16(rhs)
+    lhs_rest, rhs_rest = lhs - lhs_high, rhs - rhs_high
+    lhs_middle, rhs_middle = _leading_bf16(lhs_rest), _leading_bf16(rhs_rest)
+    lhs_low, rhs_low = (lhs_rest - lhs_middle).to(tl.bfloat16), (rhs_rest - rhs_middle)
+    lhs_high, lhs_middle = lhs_high.to(tl.bfloat16), lhs_middle.to(tl.bfloat16)
+    rhs_high, rhs_middle = rhs_high.to(tl.bfloat16), rhs_middle.to(tl.bfloat16)
+    acc = tl.dot(lhs_low, rhs_high, acc)
+    acc = tl.dot(lhs_high, rhs_low.to(tl.bfloat16), acc)
+    acc = tl.dot(lhs_middle, rhs_middle, acc)
+    acc = tl.dot(lhs_middle, rhs_high, acc)
+    acc = tl.dot(lhs_high, rhs_middle, acc)
+    return tl.dot(lhs_high, rhs_high, acc)
+
+
+@triton.jit
+def dot_exact(lhs, rhs, acc, TENSOR_CORES: tl.constexpr, ROUNDED: tl.constexpr = False):
     """acc + lhs @ rhs in fp32 without rounding an operand, whatever the two dtypes are.
 
     - one 16-bit dtype on both sides: tensor cores, whose products of 16-bit operands are exact;
     - bf16 with fp32: the fp32 operand in three bf16 terms;
     - fp16 with fp32: as above, the fp16 operand being two bf16 terms (11 bits are 8 + 3). Scaling
       the fp32 operand into the range of fp16 instead would need a maximum and lose small values;
+    - fp32 on both sides, if the result is ROUNDED to 16 bits afterwards: in bf16 terms, off by less
+      than 2^-22 of its parts, where the rounding is 2^-9. Multiply-adds take four times as long as
+      writing the result does (H100);
     - anything else, or without TENSOR_CORES: fp32 multiply-adds.
     """
     if TENSOR_CORES and lhs.dtype == rhs.dtype and lhs.dtype != tl.float32:
         acc = tl.dot(lhs, rhs, acc)
     elif TENSOR_CORES and lhs.dtype == tl.bfloat16 and rhs.dtype == tl.float32:
-        acc = _dot_terms(lhs, rhs, acc, False, True)
+        acc += _dot_terms(lhs, rhs, tl.zeros_like(acc), False, True)
     elif TENSOR_CORES and lhs.dtype == tl.float32 and rhs.dtype == tl.bfloat16:
-        acc = _dot_terms(lhs, rhs, acc, True, False)
+        acc += _dot_terms(lhs, rhs, tl.zeros_like(acc), True, False)
     elif TENSOR_CORES and lhs.dtype == tl.float16 and rhs.dtype == tl.float32:
         wide = lhs.to(tl.float32)
         high = _leading_bf16(wide)
-        acc = _dot_terms((wide - high).to(tl.bfloat16), rhs, acc, False, True)
-        acc = _dot_terms(high.to(tl.bfloat16), rhs, acc, False, True)
+        low = _dot_terms((wide - high).to(tl.bfloat16), rhs, tl.zeros_like(acc), False, True)
+        acc += _dot_terms(high.to(tl.bfloat16), rhs, low, False, True)
     elif TENSOR_CORES and lhs.dtype == tl.float32 and rhs.dtype == tl.float16:
         wide = rhs.to(tl.float32)
         high = _leading_bf16(wide)
-        acc = _dot_terms(lhs, (wide - high).to(tl.bfloat16), acc, True, False)
-        acc = _dot_terms(lhs, high.to(tl.bfloat16), acc, True, False)
+        low = _dot_terms(lhs, (wide - high).to(tl.bfloat16), tl.zeros_like(acc), True, False)
+        acc += _dot_terms(lhs, high.to(tl.bfloat16), low, True, False)
+    elif TENSOR_CORES and ROUNDED and lhs.dtype == tl.float32 and rhs.dtype == tl.float32:
+        acc = _dot_split(lhs, rhs, acc)
     else:
-        acc = tl.dot(lhs.to(tl.float32), rhs.to(tl.float32), acc, input_precision="ieee")
+        # max_num_imprecise_acc means nothing in fp32, but keeps Triton from making the sum of acc
+        # and a product the chain again.
+        acc += tl.dot(
+            lhs.to(tl.float32), rhs.to(tl.float32), input_precision="ieee", max_num_imprecise_acc=1
+        )
     return acc

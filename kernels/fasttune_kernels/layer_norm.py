@@ -55,7 +55,7 @@ def _layer_norm_forward_kernel(
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + rows * H + columns, x, mask=inside)
     wide = x.to(tl.float32)
-    features = H.to(tl.float32)
+    features = tl.cast(H, tl.float32)
     mean = tl.div_rn(tl.sum(wide, 1), features)
     deviation = tl.where(columns < H, wide - mean[:, None], 0.0)
     variance = tl.div_rn(tl.sum(deviation * deviation, 1), features)

@@ -9,7 +9,8 @@ A group is projections of one input: q, k and v, or gate and up. Legend and prec
     lora_down_backward_group  dx0 = sum_j keep_j * (D_j A_j)         one write of dx0
                               dA_j = D_j^T (x * keep_j)              one read of x
 
-Each kernel takes a tuple of branches, and its body is repeated for each of them at compile time.
+Each kernel takes a tuple of branches, and its body is repeated for each of them at compile time
+(by hand in a loop over tiles, because Triton before 3.9 carries no tuples through one).
 Each function returns None where the branches do not fit one kernel; `lora_linear` then takes them
 one by one.
 """
@@ -86,6 +87,17 @@ def _down_step(
     return dot_exact(x, a, acc, TENSOR_CORES)
 
 
+@triton.jit
+def _store_down(branch, acc, split, rows, M, BLOCK_R: tl.constexpr):
+    _, t_ptr, scale, scale_ptr, _, _, R = branch
+    ranks = tl.arange(0, BLOCK_R)
+    tl.store(
+        t_ptr + split + rows[:, None] * R + ranks[None, :],
+        acc * _scaled(scale, scale_ptr),
+        mask=(rows < M)[:, None] & (ranks < R)[None, :],
+    )
+
+
 # Floor: read M K of x once for the whole group, write 4 M R a branch; 2 M K R operations a branch.
 @triton.jit(do_not_specialize=["M", "threshold", "row_offset"])
 def _lora_down_group_kernel(
@@ -98,6 +110,7 @@ def _lora_down_group_kernel(
     stride_xm: tl.int64,
     stride_split: tl.int64,  # elements of t between two splits of K
     k_per_split,
+    BRANCHES: tl.constexpr,  # how many: Triton before 3.9 has no len of a tuple with None
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -106,33 +119,35 @@ def _lora_down_group_kernel(
 ):
     pid_k = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.arange(0, BLOCK_R)
     inside_m = rows < M
     x_rows = x_ptr + rows[:, None] * stride_xm
     k_begin = pid_k * k_per_split
     k_end = tl.minimum(k_begin + k_per_split, K)
-    sums = [(branch, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)) for branch in branches]
+    # One accumulator for each of up to GROUP_BRANCHES branches; those not there cost nothing.
+    acc0 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    acc1 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k0 in range(k_begin, k_end, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + k[None, :], mask=inside_m[:, None] & (k < K)[None, :], other=0.0)
-        sums = [
-            (
-                branch,
-                _down_step(
-                    branch, acc, x, rows + row_offset, k0, K, threshold,
-                    BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
-                ),
-            )
-            for branch, acc in sums
-        ]  # fmt: skip
-    for j in tl.static_range(len(branches)):
-        branch, acc = sums[j]
-        _, t_ptr, scale, scale_ptr, _, _, R = branch
-        tl.store(
-            t_ptr + pid_k * stride_split + rows[:, None] * R + ranks[None, :],
-            acc * _scaled(scale, scale_ptr),
-            mask=inside_m[:, None] & (ranks < R)[None, :],
-        )
+        acc0 = _down_step(
+            branches[0], acc0, x, rows + row_offset, k0, K, threshold,
+            BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+        )  # fmt: skip
+        acc1 = _down_step(
+            branches[1], acc1, x, rows + row_offset, k0, K, threshold,
+            BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+        )  # fmt: skip
+        if BRANCHES > 2:
+            acc2 = _down_step(
+                branches[2], acc2, x, rows + row_offset, k0, K, threshold,
+                BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+            )  # fmt: skip
+    split = pid_k * stride_split
+    _store_down(branches[0], acc0, split, rows, M, BLOCK_R)
+    _store_down(branches[1], acc1, split, rows, M, BLOCK_R)
+    if BRANCHES > 2:
+        _store_down(branches[2], acc2, split, rows, M, BLOCK_R)
 
 
 # Floor: write M N of every y0; T and B are small. One launch instead of one a projection.
@@ -141,6 +156,7 @@ def _lora_up_group_kernel(
     branches,  # t [M, R] fp32, b [N, R], bias [N] or None, y [M, N], R, N
     M,
     column_blocks,  # of all branches
+    BRANCHES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -152,7 +168,7 @@ def _lora_up_group_kernel(
     ranks = tl.arange(0, BLOCK_R)
     inside_m = rows < M
     first = 0
-    for j in tl.static_range(len(branches)):
+    for j in tl.static_range(BRANCHES):
         t_ptr, b_ptr, bias_ptr, y_ptr, R, N = branches[j]
         last = first + tl.cdiv(N, BLOCK_N)
         if (pid_n >= first) & (pid_n < last):
@@ -170,7 +186,7 @@ def _lora_up_group_kernel(
                 other=0.0,
             )
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            acc = dot_exact(t, b, acc, TENSOR_CORES)
+            acc = dot_exact(t, b, acc, TENSOR_CORES, y_ptr.dtype.element_ty != tl.float32)
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
                 acc = acc + bias.to(tl.float32)[None, :]
@@ -189,6 +205,7 @@ def _lora_up_backward_group_kernel(
     # db [row blocks, N, R] fp32, scale, 0-d scale or None, R, N, stride of dy's rows
     M,
     rows_per_program,
+    BRANCHES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -200,7 +217,7 @@ def _lora_up_backward_group_kernel(
     m_begin = pid_m.to(tl.int64) * rows_per_program
     m_end = tl.minimum(m_begin + rows_per_program, M)
     first = 0
-    for j in tl.static_range(len(branches)):
+    for j in tl.static_range(BRANCHES):
         dy_ptr, t_ptr, b_ptr, d_ptr, db_ptr, scale, scale_ptr, R, N, stride_dym = branches[j]
         last = first + tl.cdiv(N, BLOCK_N)
         if (pid_n >= first) & (pid_n < last):
@@ -258,6 +275,17 @@ def _weight_grad_step(
     return dot_exact(d, x, acc, TENSOR_CORES)
 
 
+@triton.jit
+def _store_weight_grad(branch, acc, split, k, K, BLOCK_R: tl.constexpr):
+    _, out_ptr, _, _, R = branch
+    ranks = tl.arange(0, BLOCK_R)
+    tl.store(
+        out_ptr + split * R + ranks.to(tl.int64)[:, None] * K + k[None, :],
+        acc,
+        mask=(ranks < R)[:, None] & (k < K)[None, :],
+    )
+
+
 # Floor: read M K of x once for the whole group; partial sums of 4 R K a branch and split.
 @triton.jit(do_not_specialize=["M", "threshold", "row_offset"])
 def _lora_weight_grad_group_kernel(
@@ -269,6 +297,7 @@ def _lora_weight_grad_group_kernel(
     K,
     stride_xm: tl.int64,
     rows_per_split,
+    BRANCHES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -279,11 +308,12 @@ def _lora_weight_grad_group_kernel(
     pid_m = tl.program_id(1)
     start = pid_k * BLOCK_K
     k = start + tl.arange(0, BLOCK_K)
-    ranks = tl.arange(0, BLOCK_R)
     inside_k = k < K
     m_begin = pid_m.to(tl.int64) * rows_per_split
     m_end = tl.minimum(m_begin + rows_per_split, M)
-    sums = [(branch, tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)) for branch in branches]
+    acc0 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)  # as in `_lora_down_group_kernel`
+    acc1 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
+    acc2 = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
     for m0 in range(m_begin, m_end, BLOCK_M):
         rows = m0 + tl.arange(0, BLOCK_M)
         x = tl.load(
@@ -291,24 +321,24 @@ def _lora_weight_grad_group_kernel(
             mask=(rows < M)[:, None] & inside_k[None, :],
             other=0.0,
         )
-        sums = [
-            (
-                branch,
-                _weight_grad_step(
-                    branch, acc, x, rows, start, M, row_offset, threshold,
-                    BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
-                ),
-            )
-            for branch, acc in sums
-        ]  # fmt: skip
-    for j in tl.static_range(len(branches)):
-        branch, acc = sums[j]
-        _, out_ptr, _, _, R = branch
-        tl.store(
-            out_ptr + pid_m.to(tl.int64) * R * K + ranks.to(tl.int64)[:, None] * K + k[None, :],
-            acc,
-            mask=(ranks < R)[:, None] & inside_k[None, :],
-        )
+        acc0 = _weight_grad_step(
+            branches[0], acc0, x, rows, start, M, row_offset, threshold,
+            BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+        )  # fmt: skip
+        acc1 = _weight_grad_step(
+            branches[1], acc1, x, rows, start, M, row_offset, threshold,
+            BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+        )  # fmt: skip
+        if BRANCHES > 2:
+            acc2 = _weight_grad_step(
+                branches[2], acc2, x, rows, start, M, row_offset, threshold,
+                BLOCK_R, BLOCK_M, BLOCK_K, HAS_DROPOUT, TENSOR_CORES,
+            )  # fmt: skip
+    split = pid_m.to(tl.int64) * K
+    _store_weight_grad(branches[0], acc0, split, k, K, BLOCK_R)
+    _store_weight_grad(branches[1], acc1, split, k, K, BLOCK_R)
+    if BRANCHES > 2:
+        _store_weight_grad(branches[2], acc2, split, k, K, BLOCK_R)
 
 
 # Floor: write M K of dx0 once; D and A are small. The sum over the branches stays in registers and
@@ -321,6 +351,7 @@ def _lora_input_gradient_group_kernel(
     row_offset: tl.int64,
     M,
     K,
+    BRANCHES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -336,7 +367,7 @@ def _lora_input_gradient_group_kernel(
     inside_m = rows < M
     inside_k = k < K
     total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for j in tl.static_range(len(branches)):
+    for j in tl.static_range(BRANCHES):
         d_ptr, a_ptr, seed_ptr, stream, R = branches[j]
         inside_r = ranks < R
         d = tl.load(
@@ -351,12 +382,12 @@ def _lora_input_gradient_group_kernel(
         )
         if HAS_DROPOUT:
             part = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-            part = dot_exact(d, a, part, TENSOR_CORES)
+            part = dot_exact(d, a, part, TENSOR_CORES, dx_ptr.dtype.element_ty != tl.float32)
             total += _drop(
                 part, rows + row_offset, start, seed_ptr, stream, threshold, BLOCK_M, BLOCK_K
             )
         else:
-            total = dot_exact(d, a, total, TENSOR_CORES)
+            total = dot_exact(d, a, total, TENSOR_CORES, dx_ptr.dtype.element_ty != tl.float32)
     tl.store(
         dx_ptr + rows[:, None] * K + k[None, :],
         total.to(dx_ptr.dtype.element_ty),
@@ -422,6 +453,7 @@ def lora_down_group(
             x.stride(0),
             m * sum(ranks),
             k_per_split,
+            BRANCHES=len(ranks),
             BLOCK_R=block_r,
             BLOCK_M=tile.rows,
             BLOCK_K=tile.columns,
@@ -450,7 +482,7 @@ def lora_up_group(
     if not _fit(bs, ranks, m):
         return None
     gpu, block_r = gpu_of(ts[0]), _block_r(ranks)
-    arithmetic = arithmetic_of(gpu, ts[0].dtype, bs[0].dtype)
+    arithmetic = arithmetic_of(gpu, ts[0].dtype, bs[0].dtype, out_dtype)
     tile = up_tile(gpu.capability, arithmetic, block_r, False)
     widths = [b.shape[0] for b in bs]
     ys = [ts[0].new_empty((m, n), dtype=out_dtype) for n in widths]
@@ -461,6 +493,7 @@ def lora_up_group(
             branches,
             m,
             column_blocks,
+            BRANCHES=len(ranks),
             BLOCK_R=block_r,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
@@ -509,6 +542,7 @@ def lora_up_backward_group(
             branches,
             m,
             rows_per_program,
+            BRANCHES=len(ranks),
             BLOCK_R=block_r,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
@@ -562,7 +596,7 @@ def _input_gradient(
     m, k = ds[0].shape[0], a[0].shape[1]
     ranks, threshold = [d.shape[1] for d in ds], draws[0]["threshold"]
     gpu, block_r = gpu_of(ds[0]), _block_r(ranks)
-    arithmetic = arithmetic_of(gpu, ds[0].dtype, a[0].dtype)
+    arithmetic = arithmetic_of(gpu, ds[0].dtype, a[0].dtype, dtype)
     tile = group_input_gradient_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     dx = ds[0].new_empty((m, k), dtype=dtype)
     with launch_device(dx):
@@ -573,6 +607,7 @@ def _input_gradient(
             row_offset,
             m,
             k,
+            BRANCHES=len(ranks),
             BLOCK_R=block_r,
             BLOCK_M=tile.rows,
             BLOCK_K=tile.columns,
@@ -614,6 +649,7 @@ def _weight_grads(
             k,
             x.stride(0),
             rows_per_split,
+            BRANCHES=len(ranks),
             BLOCK_R=block_r,
             BLOCK_M=tile.rows,
             BLOCK_K=tile.columns,

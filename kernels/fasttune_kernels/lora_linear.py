@@ -160,7 +160,7 @@ def _lora_up_kernel(
             mask=inside_r[:, None] & inside_n[None, :],
             other=0.0,
         )
-        acc = dot_exact(t, b, acc, TENSOR_CORES)
+        acc = dot_exact(t, b, acc, TENSOR_CORES, y_ptr.dtype.element_ty != tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside_n, other=0.0)
         acc = acc + bias.to(tl.float32)[None, :]
@@ -413,7 +413,7 @@ def _up(
     if m == 0:
         return y
     gpu = gpu_of(t)
-    arithmetic = arithmetic_of(gpu, t.dtype, b.dtype)
+    arithmetic = arithmetic_of(gpu, t.dtype, b.dtype, y.dtype)
     block_r = up_block_r(arithmetic, _block_r(r))
     tile = up_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     with launch_device(t):

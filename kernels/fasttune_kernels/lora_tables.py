@@ -12,6 +12,7 @@ from .tables import Gpu, Tile
 #   "mma"    both operands of one 16-bit dtype, tensor cores
 #   "terms"  bf16 with fp32, the fp32 operand as three bf16 terms, tensor cores
 #   "terms6" fp16 with fp32, two by three bf16 terms, tensor cores
+#   "split"  fp32 with fp32 for a result of 16 bits, six products of bf16 terms, tensor cores
 #   "fma"    fp32 multiply-adds
 
 
@@ -21,11 +22,15 @@ def has_tensor_cores(gpu: Gpu) -> bool:
 
 
 @functools.cache
-def arithmetic_of(gpu: Gpu, lhs: torch.dtype, rhs: torch.dtype) -> str:
+def arithmetic_of(
+    gpu: Gpu, lhs: torch.dtype, rhs: torch.dtype, result: torch.dtype = torch.float32
+) -> str:
     if not has_tensor_cores(gpu):
         return "fma"
     if lhs == rhs:
-        return "fma" if lhs == torch.float32 else "mma"
+        if lhs != torch.float32:
+            return "mma"
+        return "fma" if result == torch.float32 else "split"
     if torch.float32 not in (lhs, rhs):
         return "fma"
     return "terms" if torch.bfloat16 in (lhs, rhs) else "terms6"
@@ -77,13 +82,13 @@ def up_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Ti
     """[rows, columns of the output]."""
     if arithmetic == "fma":
         return Tile(32, 64, 4, 2)
-    return Tile(64, 128, 8 if arithmetic == "terms6" else 4, 2)
+    return Tile(64, 128, 8 if arithmetic in ("terms6", "split") else 4, 2)
 
 
 @functools.cache
 def up_block_r(arithmetic: str, block_r: int) -> int:
     """The step through the rank: both operands of a step and their terms sit in registers."""
-    return min(block_r, 16 if arithmetic == "fma" else 32)
+    return min(block_r, 16 if arithmetic in ("fma", "split") else 32)
 
 
 @functools.cache

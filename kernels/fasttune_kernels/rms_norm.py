@@ -55,7 +55,7 @@ def _rms_norm_forward_kernel(
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + rows * H + columns, x, mask=inside)
     wide = x.to(tl.float32)
-    variance = tl.div_rn(tl.sum(wide * wide, 1), H.to(tl.float32))
+    variance = tl.div_rn(tl.sum(wide * wide, 1), tl.cast(H, tl.float32))
     rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     tl.store(rstd_ptr + row, rstd, mask=row < M)
     y = wide * rstd[:, None]

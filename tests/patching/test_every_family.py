@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import assert_close, exact_copy, step
+from steps_compared import assert_close, exact_copy, step
 from tiny_models import with_lora
 
 import fasttune

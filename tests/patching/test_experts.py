@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_families import assert_close, exact_copy, in_double, step
+from steps_compared import assert_close, exact_copy, in_double, step
 from tiny_models import relative
 from torch import Tensor, nn
 
