@@ -60,7 +60,7 @@ def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The autocast dtype in force for ``device_type``, or None outside autocast."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type):
         return None

@@ -23,6 +23,7 @@ from .adamw_tables import (
     QUANTISED,
     WEIGHT_BITS,
 )
+from .launch import launch
 from .multi_tensor import (
     ELEMENT,
     aligned,
@@ -115,7 +116,9 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     table = uploaded(torch.tensor(rows), device)
     partial = torch.empty(len(blocks), dtype=torch.float32, device=device)
     with launch_device(grads[0]):
-        _sum_of_squares_kernel[(len(blocks),)](
+        launch(
+            _sum_of_squares_kernel,
+            (len(blocks),),
             table,
             blocks,
             partial,
@@ -421,7 +424,9 @@ def adamw_step(
     residue = residues[0].dtype if residues else torch.int16
     vectors = [t for tensors in operands[:6] for t in tensors]
     with launch_device(params[0]):
-        _adamw_step_kernel[(len(blocks),)](
+        launch(
+            _adamw_step_kernel,
+            (len(blocks),),
             uploaded(table, device),
             blocks,
             partial,

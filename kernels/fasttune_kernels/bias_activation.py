@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .activations import activate, activate_with_slope
 from .elementwise import block_of, joined_shape
+from .launch import launch
 from .tables import MAX_REGISTERS, divide_up, launch_device
 
 # Rows of a program that share its piece of the bias: read once a row, a bias of fp32 would cost
@@ -96,7 +97,9 @@ def bias_activation_forward(
     rows, columns = joined_shape(x) if bias is None else x.shape
     block_m, block_n, warps = _tile(rows, columns, bias is not None, x, y)
     with launch_device(x):
-        _bias_activation_forward_kernel[(divide_up(rows, block_m) * divide_up(columns, block_n),)](
+        launch(
+            _bias_activation_forward_kernel,
+            (divide_up(rows, block_m) * divide_up(columns, block_n),),
             x,
             None if bias is None else bias.contiguous(),
             y,
@@ -128,7 +131,9 @@ def bias_activation_backward(
     rows, columns = joined_shape(dy, x) if bias is None else x.shape
     block_m, block_n, warps = _tile(rows, columns, bias is not None, dy, x, dx)
     with launch_device(x):
-        _bias_activation_backward_kernel[(divide_up(rows, block_m) * divide_up(columns, block_n),)](
+        launch(
+            _bias_activation_backward_kernel,
+            (divide_up(rows, block_m) * divide_up(columns, block_n),),
             dy,
             x,
             None if bias is None else bias.contiguous(),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .activations import activate, activate_with_slope
 from .elementwise import block_of, joined_shape
+from .launch import launch
 from .tables import MAX_REGISTERS, divide_up, launch_device
 
 
@@ -85,7 +86,9 @@ def glu_forward(
     rows, columns = joined_shape(gate, up)
     block, warps = block_of(columns, gate, up)
     with launch_device(gate):
-        _glu_forward_kernel[(rows * divide_up(columns, block),)](
+        launch(
+            _glu_forward_kernel,
+            (rows * divide_up(columns, block),),
             gate,
             up,
             y,
@@ -116,7 +119,9 @@ def glu_backward(
     rows, columns = joined_shape(dy, gate, up, dgate, dup)
     block, warps = block_of(columns, dy, gate, up)
     with launch_device(dy):
-        _glu_backward_kernel[(rows * divide_up(columns, block),)](
+        launch(
+            _glu_backward_kernel,
+            (rows * divide_up(columns, block),),
             dy,
             gate,
             up,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .partials import sum_rows
 from .tables import MAX_REGISTERS, divide_up, gpu_of, launch_device
 
@@ -74,7 +75,9 @@ def ia3_scale_backward(
     splits = divide_up(m, rows_per_program)
     partial = torch.empty((splits, n), dtype=torch.float32, device=dy.device)
     with launch_device(x):
-        _ia3_scale_backward_kernel[(columns, splits)](
+        launch(
+            _ia3_scale_backward_kernel,
+            (columns, splits),
             dy,
             x,
             scale.contiguous(),

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .norm_columns import column_sums
 from .norm_tables import gradient_tile, persistent_programs, register_limit, row_tile, sums_tile
 from .partials import sum_rows
@@ -148,7 +149,9 @@ def _forward(
         return y, mean, rstd
     tile = row_tile(h)
     with launch_device(x):
-        _layer_norm_forward_kernel[(divide_up(m, tile.rows),)](
+        launch(
+            _layer_norm_forward_kernel,
+            (divide_up(m, tile.rows),),
             x,
             residual,
             weight,
@@ -239,7 +242,9 @@ def layer_norm_backward(
     given = next((partial for partial in partials if partial is not None), None)
     programs = divide_up(m, tile.rows) if given is None else given.shape[0]
     with launch_device(x):
-        _layer_norm_backward_kernel[(programs,)](
+        launch(
+            _layer_norm_backward_kernel,
+            (programs,),
             dy,
             x,
             weight,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import tanh
+from .launch import launch
 from .tables import MAX_REGISTERS, launch_device, next_power_of_2
 
 # A finite start for running maxima: the difference to any logit is finite or +-inf, never NaN, so a
@@ -162,7 +163,9 @@ def cross_entropy_rows_(
     # 8 logits per thread; a short row takes fewer warps.
     block = min(max(next_power_of_2(vocabulary), 256), 2048)
     with launch_device(logits):
-        _cross_entropy_rows_kernel[(rows,)](
+        launch(
+            _cross_entropy_rows_kernel,
+            (rows,),
             logits,
             targets,
             loss,

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dot_exact import dot_exact
+from .launch import launch
 from .lora_tables import (
     GROUP_BRANCHES,
     GROUP_RANKS,
@@ -443,7 +444,9 @@ def lora_down_group(
     bits = _random_bits(draws)
     branches = tuple(zip(a, starts, map(float, scales), scale_tensors, *bits, ranks, strict=True))
     with launch_device(x):
-        _lora_down_group_kernel[(programs, splits)](
+        launch(
+            _lora_down_group_kernel,
+            (programs, splits),
             x,
             branches,
             threshold,
@@ -489,7 +492,9 @@ def lora_up_group(
     column_blocks = sum(divide_up(n, tile.columns) for n in widths)
     branches = tuple(zip(ts, bs, biases, ys, ranks, widths, strict=True))
     with launch_device(ts[0]):
-        _lora_up_group_kernel[(divide_up(m, tile.rows) * column_blocks,)](
+        launch(
+            _lora_up_group_kernel,
+            (divide_up(m, tile.rows) * column_blocks,),
             branches,
             m,
             column_blocks,
@@ -538,7 +543,9 @@ def lora_up_backward_group(
     facts = zip(map(float, scales), scale_tensors, ranks, widths, strides, strict=True)
     branches = tuple((*tensors, *rest) for tensors, rest in zip(operands, facts, strict=True))
     with launch_device(dys[0]):
-        _lora_up_backward_group_kernel[(row_blocks, sum(column_blocks))](
+        launch(
+            _lora_up_backward_group_kernel,
+            (row_blocks, sum(column_blocks)),
             branches,
             m,
             rows_per_program,
@@ -600,7 +607,9 @@ def _input_gradient(
     tile = group_input_gradient_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     dx = ds[0].new_empty((m, k), dtype=dtype)
     with launch_device(dx):
-        _lora_input_gradient_group_kernel[(divide_up(m, tile.rows) * divide_up(k, tile.columns),)](
+        launch(
+            _lora_input_gradient_group_kernel,
+            (divide_up(m, tile.rows) * divide_up(k, tile.columns),),
             tuple(zip(ds, a, *_random_bits(draws), ranks, strict=True)),
             dx,
             threshold,
@@ -640,7 +649,9 @@ def _weight_grads(
     das = [torch.empty_like(factor) for factor in a]
     parts = [da.new_empty((splits, *da.shape), dtype=torch.float32) for da in das]
     with launch_device(x):
-        _lora_weight_grad_group_kernel[(programs, splits)](
+        launch(
+            _lora_weight_grad_group_kernel,
+            (programs, splits),
             x,
             tuple(zip(ds, parts, *_random_bits(draws), ranks, strict=True)),
             threshold,

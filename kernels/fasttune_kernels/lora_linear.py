@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dot_exact import dot_exact
+from .launch import launch
 from .lora_tables import (
     arithmetic_of,
     down_tile,
@@ -361,7 +362,9 @@ def _down(
     splits = divide_up(k, k_per_split)
     out = t if splits == 1 else x.new_empty((splits, m, r), dtype=torch.float32)
     with launch_device(x):
-        _lora_down_kernel[(programs, splits)](
+        launch(
+            _lora_down_kernel,
+            (programs, splits),
             x,
             a,
             out,
@@ -417,7 +420,9 @@ def _up(
     block_r = up_block_r(arithmetic, _block_r(r))
     tile = up_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     with launch_device(t):
-        _lora_up_kernel[(divide_up(m, tile.rows) * divide_up(n, tile.columns),)](
+        launch(
+            _lora_up_kernel,
+            (divide_up(m, tile.rows) * divide_up(n, tile.columns),),
             t,
             b,
             bias,
@@ -473,7 +478,9 @@ def _weight_grad(
     # The partial sums repeat the memory order of `out`, so that adding them is element by element.
     partial = out if splits == 1 else out.new_empty((splits, r * k), dtype=torch.float32)
     with launch_device(x):
-        _lora_weight_grad_kernel[(programs, splits)](
+        launch(
+            _lora_weight_grad_kernel,
+            (programs, splits),
             x,
             d,
             partial,
@@ -525,7 +532,9 @@ def _up_backward_pair(
     d_out = d if column_blocks == 1 else d.new_empty((column_blocks, m, r))
     db_out = db if row_blocks == 1 else d.new_empty((row_blocks, n, r))
     with launch_device(dy):
-        _lora_up_backward_kernel[(row_blocks, column_blocks)](
+        launch(
+            _lora_up_backward_kernel,
+            (row_blocks, column_blocks),
             dy,
             t,
             b,
@@ -634,7 +643,9 @@ def drop(
     if m == 0:
         return out
     with launch_device(x):
-        _drop_kernel[(divide_up(m, DROP_ROWS) * divide_up(k, DROP_COLUMNS),)](
+        launch(
+            _drop_kernel,
+            (divide_up(m, DROP_ROWS) * divide_up(k, DROP_COLUMNS),),
             x,
             out,
             seed,

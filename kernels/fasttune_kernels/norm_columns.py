@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .partials import sum_rows
 from .tables import MAX_REGISTERS, divide_up, gpu_of, launch_device
 
@@ -81,7 +82,9 @@ def column_sums(
     dweight = rstd.new_empty((splits, h), dtype=torch.float32) if need_dweight else None
     dbias = rstd.new_empty((splits, h), dtype=torch.float32) if need_dbias else None
     with launch_device(x):
-        _norm_column_sums_kernel[(columns, splits)](
+        launch(
+            _norm_column_sums_kernel,
+            (columns, splits),
             dy,
             x if need_dweight else None,
             mean,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tables import divide_up
 
 
@@ -80,7 +81,9 @@ def sum_partials(
     scale_tensor: Tensor | None = None,
 ) -> None:
     """out = scale * scale_tensor * the sum of the partial results; the caller sets the device."""
-    _sum_partials_kernel[(divide_up(out.numel(), _BLOCK),)](
+    launch(
+        _sum_partials_kernel,
+        (divide_up(out.numel(), _BLOCK),),
         partial,
         out,
         scale,
@@ -102,7 +105,9 @@ def sum_two_partials(
     """Two calls of :func:`sum_partials` in one launch; the caller sets the device."""
     (partial, out), (second_partial, second_out) = first, second
     blocks = divide_up(out.numel(), _BLOCK)
-    _sum_two_partials_kernel[(blocks + divide_up(second_out.numel(), _BLOCK),)](
+    launch(
+        _sum_two_partials_kernel,
+        (blocks + divide_up(second_out.numel(), _BLOCK),),
         partial,
         out,
         scale,
@@ -142,7 +147,14 @@ def sum_group_partials(sums: Sequence[tuple[Tensor, Tensor]]) -> None:
     """
     items = tuple((partial, out, out.numel(), partial.shape[0]) for partial, out in sums)
     blocks = sum(divide_up(out.numel(), _BLOCK) for _, out in sums)
-    _sum_group_partials_kernel[(blocks,)](items, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True)
+    launch(
+        _sum_group_partials_kernel,
+        (blocks,),
+        items,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
 # Floor: read 4 * rows * n, write 4 n. For the hundreds of partial rows that persistent programs
@@ -173,7 +185,9 @@ def sum_rows(partial: Tensor) -> Tensor:  # [rows, n] fp32 -> [n] fp32
     rows, n = partial.shape
     out = partial.new_empty(n)
     columns = 32  # a line of 128 bytes
-    _sum_rows_kernel[(divide_up(n, columns),)](
+    launch(
+        _sum_rows_kernel,
+        (divide_up(n, columns),),
         partial,
         out,
         n,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .activations import activate_with_slope
 from .dot_exact import dot_exact
+from .launch import launch
 from .lora_tables import arithmetic_of, has_tensor_cores
 from .philox import keep_mask, load_philox_key
 from .tables import MAX_REGISTERS, Gpu, Tile, divide_up, gpu_of, launch_device, next_power_of_2
@@ -268,7 +269,9 @@ def reft_forward(
         return x, z, d
     options = _options(h, entries, rotation, difference, activation)
     with launch_device(h):
-        _reft_forward_kernel[(divide_up(entries, options["BLOCK_P"]),)](
+        launch(
+            _reft_forward_kernel,
+            (divide_up(entries, options["BLOCK_P"]),),
             h,
             None if rows is None else rows.contiguous(),
             rotation.contiguous(),
@@ -317,7 +320,9 @@ def reft_backward(
         return g, dz, dd
     options = _options(dy, entries, rotation, difference, activation)
     with launch_device(dy):
-        _reft_backward_kernel[(divide_up(entries, options["BLOCK_P"]),)](
+        launch(
+            _reft_backward_kernel,
+            (divide_up(entries, options["BLOCK_P"]),),
             dy,
             None if rows is None else rows.contiguous(),
             rotation.contiguous(),

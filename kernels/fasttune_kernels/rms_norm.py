@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .norm_columns import column_sums
 from .norm_tables import gradient_tile, persistent_programs, register_limit, row_tile, sums_tile
 from .partials import sum_rows
@@ -136,7 +137,9 @@ def _forward(
         return y, rstd
     tile = row_tile(h)
     with launch_device(x):
-        _rms_norm_forward_kernel[(divide_up(m, tile.rows),)](
+        launch(
+            _rms_norm_forward_kernel,
+            (divide_up(m, tile.rows),),
             x,
             residual,
             weight,
@@ -219,7 +222,9 @@ def rms_norm_backward(
             partial = rstd.new_empty((persistent_programs(gpu, m, tile), h))
     programs = divide_up(m, tile.rows) if partial is None else partial.shape[0]
     with launch_device(x):
-        _rms_norm_backward_kernel[(programs,)](
+        launch(
+            _rms_norm_backward_kernel,
+            (programs,),
             dy,
             x,
             weight,

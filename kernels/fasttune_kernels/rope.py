@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .tables import MAX_REGISTERS, divide_up, launch_device, next_power_of_2
 
 _THREADS = 128
@@ -251,7 +252,9 @@ def _launch(
         for stride in (table.stride(0) if table.shape[0] > 1 else 0, table.stride(1))
     ]
     with launch_device(q):
-        _rope_kernel[grid](
+        launch(
+            _rope_kernel,
+            grid,
             q,
             q_out,
             k if has_k else None,

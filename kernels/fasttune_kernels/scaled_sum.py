@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .philox import keep_mask, load_philox_key
 from .tables import MAX_REGISTERS, divide_up, launch_device
 
@@ -74,7 +75,9 @@ def scaled_sum(
         return out
     grid = (divide_up(rows, _ROWS) * divide_up(columns, _COLUMNS),)
     with launch_device(x):
-        _scaled_sum_kernel[grid](
+        launch(
+            _scaled_sum_kernel,
+            grid,
             x,
             addend,
             column_scale,

@@ -58,9 +58,14 @@ def gpu_of(tensor: Tensor) -> Gpu:
     return _cuda_gpu(tensor.get_device()) if tensor.is_cuda else _ASSUMED_GPU.get()
 
 
+_HERE = contextlib.nullcontext()
+
+
 def launch_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make that the device of `tensor`."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE  # entering a device costs as much as a small launch
+    return torch.cuda.device(tensor.device)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,11 @@ def _build(setting: Setting, device: str) -> Call:
             y = (n * (setting.offset + weight.to(wide.dtype))).to(s.dtype)
         return y if residual is None else torch.cat([y, s], dim=-1)
 
-    return Call(leaves, fused, stock, stock, setting.autocast, names)
+    floor = 0.0
+    if setting.features == 1:  # dx = rstd (g - g n^2), and n is 1 but for eps: a unit of the terms
+        rstd = (x.detach().double().square() + EPS).rsqrt().max()
+        floor = torch.finfo(FP32).eps * float(rstd * leaves[-1].detach().abs().max())
+    return Call(leaves, fused, stock, stock, setting.autocast, names, gradient_floor=floor)
 
 
 _BASE = Setting()
