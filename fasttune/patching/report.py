@@ -13,6 +13,7 @@ from fasttune.patching import engine, groups, state
 
 _TITLES = {
     "lora": "LoRA layers",
+    "lowrank": "VeRA and AdaLoRA layers",
     "experts": "LoRA on experts",
     "ia3": "(IA)^3 layers",
     "tokens": "trainable tokens",
@@ -29,7 +30,7 @@ class KindReport:
     """Counts of one kind.
 
     Attributes:
-        kind: "lora", "experts", "ia3", "tokens", "loss", "norm", "mlp", "activation" or
+        kind: "lora", "lowrank", "experts", "ia3", "tokens", "loss", "norm", "mlp", "activation" or
             "attention".
         fused: modules whose calls so far were fused.
         pending: patched modules that have not been called yet.

@@ -165,3 +165,40 @@ def test_trainer_saves_and_loads_checkpoints_by_these_names() -> None:
     assert "self._load_best_model()" in inspect.getsource(Trainer)
     assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(Trainer)
     assert "state.best_model_checkpoint" in inspect.getsource(Trainer._load_best_model)
+
+
+def test_peft_vera_and_adalora() -> None:
+    from peft import AdaLoraConfig, VeraConfig
+
+    common = ("base_layer", "in_features", "out_features", "active_adapters", "disable_adapters",
+              "merged")  # fmt: skip
+    expected = {
+        VeraConfig: (
+            ("vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b", "vera_dropout"),
+            (
+                "sliced_A = vera_A[:, : self.in_features].to(x.device)",
+                "sliced_B = vera_B[: self.out_features, :].to(x.device)",
+                "x = self._cast_input_dtype(x, lambda_d.dtype)",
+                "lambda_b * F.linear(lambda_d * F.linear(dropout(x), sliced_A), sliced_B)",
+                "result = result.to(previous_dtype)",
+            ),
+        ),
+        AdaLoraConfig: (
+            ("lora_A", "lora_B", "lora_E", "ranknum", "lora_dropout", "scaling"),
+            (
+                "ranknum = self.ranknum[active_adapter] + 1e-5",
+                "x = self._cast_input_dtype(x, lora_A.dtype)",
+                "result += (dropout(x) @ (lora_A * lora_E).T @ lora_B.T) * scaling / ranknum",
+            ),
+        ),
+    }
+    for config, (names, lines) in expected.items():
+        options = {"total_step": 10} if config is AdaLoraConfig else {}
+        model: Any = get_peft_model(tiny_llama(), config(target_modules=["k_proj"], **options))
+        layer = model.base_model.model.model.layers[0].self_attn.k_proj
+        for name in (*common, *names):
+            assert hasattr(layer, name), name
+        source = inspect.getsource(type(layer).forward)
+        # The lines whose meaning patching/lowrank.py reproduces.
+        for line in lines:
+            assert line in source, line
