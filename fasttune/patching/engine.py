@@ -20,6 +20,7 @@ from fasttune.patching import (
     lowrank,
     mlp,
     norm,
+    prefix,
     sharding,
     state,
     swap,
@@ -36,6 +37,7 @@ _PATCHERS = {
     experts.KIND: experts.patch_layers,
     ia3.KIND: ia3.patch_layers,
     tokens.KIND: tokens.patch_layers,
+    prefix.KIND: prefix.patch_layers,
     loss.KIND: loss.patch_models,
     norm.KIND: norm.patch_layers,
     mlp.KIND: mlp.patch_layers,
@@ -69,8 +71,8 @@ def patch(
         include: patch only modules with these names or name endings, as PEFT's ``target_modules``;
             None means all.
         exclude: leave these modules alone.
-        kinds: subset of {"lora", "lowrank", "experts", "ia3", "tokens", "loss", "norm", "mlp",
-            "activation", "attention"}; None means all.
+        kinds: subset of {"lora", "lowrank", "experts", "ia3", "tokens", "prefix", "loss", "norm",
+            "mlp", "activation", "attention"}; None means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
         groups: compute LoRA layers that share an input (q, k and v; gate and up) by one op, once
             they were seen to share it (groups.py); False computes each alone.

@@ -36,6 +36,7 @@ from fasttune.patching import (
     lowrank,
     mlp,
     norm,
+    prefix,
     swap,
     tokens,
 )
@@ -205,6 +206,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[None]:
         activation.KIND,
         attention.KIND,
         tokens.KIND,
+        prefix.KIND,
         experts.KIND,
     )
     handles = [

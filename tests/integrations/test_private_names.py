@@ -202,3 +202,45 @@ def test_peft_vera_and_adalora() -> None:
         # The lines whose meaning patching/lowrank.py reproduces.
         for line in lines:
             assert line in source, line
+
+
+def test_peft_prefix_encoder() -> None:
+    from peft import PeftModel, PrefixEncoder, PrefixTuningConfig
+
+    options = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}
+    model = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", **options))
+    encoder = model.prompt_encoder["default"]
+    assert type(encoder) is PrefixEncoder and encoder.prefix_projection is True
+    assert [type(part) for part in encoder.transform] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert encoder.embedding.num_embeddings == 3
+    source = inspect.getsource(PrefixEncoder.forward)
+    # The lines whose meaning patching/prefix.py reproduces.
+    for line in (
+        "prefix_tokens = self.embedding(prefix)",
+        "past_key_values = self.transform(prefix_tokens)",
+    ):
+        assert line in source, line
+    source = inspect.getsource(PeftModel.get_prompt)
+    for line in (".expand(batch_size, -1)", "past_key_values = prompt_encoder(prompt_tokens)"):
+        assert line in source, line
+
+
+def test_transformers_checkpointed_layers_and_their_cache() -> None:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    assert GradientCheckpointingLayer._can_checkpoint_with_cache is False
+    assert "if not self._can_checkpoint_with_cache:" in inspect.getsource(
+        GradientCheckpointingLayer.__init_subclass__
+    )
+    model: Any = tiny_llama()
+    model.gradient_checkpointing_enable()
+    layer = model.model.layers[0]
+    assert isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing is True
+    assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
+    states = torch.randn(2, 1, 2, 4, 8).unbind()
+    cache = DynamicCache([states])
+    assert cache.offloading is False and [type(each) for each in cache.layers] == [DynamicLayer]
+    assert all(torch.equal(a, b) for a, b in zip((cache.layers[0].keys, cache.layers[0].values),
+                                                 states, strict=True))  # fmt: skip
