@@ -189,6 +189,23 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "scaled_glu_forward",
+      [](const Matrix& gate, const Matrix& up, uintptr_t scale, const MutableMatrix& y,
+         int activation, int threads) {
+        kernels().scaled_glu_forward(gate, up, pointer<const float>(scale), y,
+                                     static_cast<Activation>(activation), threads);
+      },
+      release());
+  m.def(
+      "scaled_glu_backward",
+      [](const Matrix& dy, const Matrix& gate, const Matrix& up, uintptr_t scale,
+         const MutableMatrix& dgate, const MutableMatrix& dup, const ColumnSums& dscale,
+         int activation, int threads) {
+        kernels().scaled_glu_backward(dy, gate, up, pointer<const float>(scale), dgate, dup, dscale,
+                                      static_cast<Activation>(activation), threads);
+      },
+      release());
+  m.def(
       "reft_forward",
       [](const Matrix& h, const ReftCall& call, const MutableMatrix& y, const MutableMatrix* x,
          uintptr_t z, uintptr_t d, int threads) {

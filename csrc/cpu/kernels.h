@@ -189,6 +189,18 @@ struct Kernels {
   void (*ia3_scale_backward)(const Matrix& dy, const Matrix& x, const float* scale,
                              const MutableMatrix* dx, const ColumnSums& dscale, int threads);
 
+  // y [M, I] = act(gate) * up * scale, scale [I] fp32. Operands of one dtype are the fast case.
+  void (*scaled_glu_forward)(const Matrix& gate, const Matrix& up, const float* scale,
+                             const MutableMatrix& y, Activation activation, int threads);
+
+  // dgate [M, I] = dy * scale * up * act'(gate), dup [M, I] = dy * scale * act(gate), either with
+  // null data where not wanted; dscale [I] = sum_m dy * act(gate) * up. All matrices have one
+  // dtype.
+  void (*scaled_glu_backward)(const Matrix& dy, const Matrix& gate, const Matrix& up,
+                              const float* scale, const MutableMatrix& dgate,
+                              const MutableMatrix& dup, const ColumnSums& dscale,
+                              Activation activation, int threads);
+
   // The listed rows of y [M, H] = keep scale (h + d rotation), with z = h source^T + bias and d =
   // act(z) - h rotation^T (without it unless difference), both [P, R], zero for no row. x [P, H],
   // the rows of h as listed, zero for no row, may be null. y may be h.

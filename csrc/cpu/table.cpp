@@ -10,6 +10,7 @@
 #include "reft.h"
 #include "rms_norm.h"
 #include "rope.h"
+#include "scaled_glu.h"
 #include "scaled_sum.h"
 #include "simd.h"
 
@@ -24,6 +25,8 @@ const Kernels& table() {
                                lora_expand,
                                scaled_sum,
                                ia3_scale_backward,
+                               scaled_glu_forward,
+                               scaled_glu_backward,
                                reft_forward,
                                reft_backward,
                                cross_entropy_rows,

@@ -39,6 +39,7 @@ from fasttune._native.lora_linear import (
 from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from fasttune._native.rope import rope_backward, rope_forward
+from fasttune._native.scaled_glu import scaled_glu_backward, scaled_glu_forward
 from fasttune._native.scaled_sum import scaled_sum
 
 __all__ = [
@@ -77,6 +78,8 @@ __all__ = [
     "rms_norm_forward",
     "rope_backward",
     "rope_forward",
+    "scaled_glu_backward",
+    "scaled_glu_forward",
     "scaled_sum",
     "scratch",
     "sums_of_squares",

@@ -7,7 +7,7 @@ loudly when it moves.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from fasttune.ops import LoraBranch, LoraProjection
 from fasttune.reason import Reason
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_RANK = 256  # of every backend
+LARGEST_RANK = 256  # of every backend
 _LARGEST_P = 0.9999  # beyond, a 16-bit threshold keeps nothing
 NO_ADAPTER = "no active adapter on this layer"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -213,10 +213,11 @@ def why_original(
         return Reason("a global module hook is registered")
     if _torch.in_functorch():
         return Reason("called inside torch.func")
-    return _why_base(layer, x) or _why_adapters(layer, x)
+    return why_base(layer, x) or _why_adapters(layer, x)
 
 
-def _why_base(layer: Any, x: Tensor) -> Reason | None:
+def why_base(layer: Any, x: Tensor) -> Reason | None:
+    """Why x does not fit the base layer of a low-rank layer of any method, or None."""
     if x.dtype not in _FLOATS:
         return Reason(f"input is {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != layer.in_features:
@@ -291,8 +292,6 @@ def why_factors(
         dropout = layer.lora_dropout[adapter]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return Reason(f"lora_A is {type(down).__name__}, not nn.Linear")
-        if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
-            return Reason(f"dropout is {type(dropout).__name__}")
         for name, module in (("lora_A", down), ("lora_B", up), ("lora_dropout", dropout)):
             if hooked(module):
                 return Reason(f"a hook on {name}[{adapter!r}]")
@@ -306,14 +305,39 @@ def why_factors(
             scaling.requires_grad or scaling.dim() or scaling.device != a.device
         ):
             return Reason("scaling is a trained or remote tensor")
-        if type(dropout) is nn.Dropout and dropout.training and not 0.0 <= dropout.p < _LARGEST_P:
-            return Reason(f"dropout probability {dropout.p}")
-        if a.shape[0] > _LARGEST_RANK:
-            return Reason(f"rank {a.shape[0]} is above {_LARGEST_RANK}")
+        reason = why_dropout(dropout)
+        if reason is not None:
+            return reason
+        if a.shape[0] > LARGEST_RANK:
+            return Reason(f"rank {a.shape[0]} is above {LARGEST_RANK}")
         dtypes.add(a.dtype)
     if not dtypes:
         return Reason(NO_ADAPTER, expected=True)
     return Reason("active adapters differ in dtype") if len(dtypes) > 1 else None
+
+
+def why_dropout(dropout: nn.Module) -> Reason | None:
+    """Why the dropout of an adapter cannot be drawn by a kernel, or None."""
+    if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+        return Reason(f"dropout is {type(dropout).__name__}")
+    if type(dropout) is nn.Dropout and dropout.training and not 0.0 <= dropout.p < _LARGEST_P:
+        return Reason(f"dropout probability {dropout.p}")
+    return None
+
+
+def dropout_p(dropout: nn.Module) -> float:
+    """The probability that is in force."""
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
+def why_tensors(tensors: Iterable[Tensor], x: Tensor) -> Reason | None:
+    """Why the tensors of an adapter cannot meet the input x in a kernel, or None."""
+    for tensor in tensors:
+        if not _plain(tensor):
+            return Reason("adapter weights are sharded")
+        if tensor.dtype not in _FLOATS or tensor.device != x.device:
+            return Reason(f"adapter is {tensor.dtype} on {tensor.device}, input on {x.device}")
+    return None
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -339,8 +363,7 @@ def branches(layer: Any) -> tuple[LoraBranch, ...]:
 def branch(layer: Any, adapter: str) -> LoraBranch:
     """One adapter of a LoRA Linear, with the dropout that is in force."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    dropout = layer.lora_dropout[adapter]
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    p = dropout_p(layer.lora_dropout[adapter])
     scaling, bias = layer.scaling[adapter], up._parameters.get("bias")
     return LoraBranch(down.weight, up.weight, scaling, bias, p)
 
@@ -404,7 +427,7 @@ def why_not_mixed(layer: Any, x: Any, adapters: Sequence[str]) -> Reason | None:
         return Reason("a global module hook is registered")
     if _torch.in_functorch():
         return Reason("called inside torch.func")
-    reason = _why_base(layer, x)
+    reason = why_base(layer, x)
     if plain_weight(layer) is None:
         reason = reason or Reason("its base layer's own forward must run: quantised or hooked")
     for adapter in adapters:

@@ -18,6 +18,7 @@ from fasttune.ops.reft import reft
 from fasttune.ops.replaced_rows import embedding_with_rows, linear_with_rows
 from fasttune.ops.rms_norm import add_rms_norm, rms_norm
 from fasttune.ops.rope import rope
+from fasttune.ops.scaled_glu import scaled_glu
 
 __all__ = [
     "CrossEntropy",
@@ -45,5 +46,6 @@ __all__ = [
     "reft",
     "rms_norm",
     "rope",
+    "scaled_glu",
     "sum_of_squares",
 ]

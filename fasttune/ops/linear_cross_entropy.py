@@ -322,6 +322,7 @@ def _validate(
         check_shape("b", branch.b, (weight.shape[0], branch.a.shape[0]), hidden.device)
         if branch.bias is not None:
             raise ValueError("branches: expected no LoRA bias on a head, got one; add it to bias")
+        branch.refuse_scales()
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     check_targets(targets, hidden.shape[:-1], weight.shape[0], row_loss.ignore_index)

@@ -11,6 +11,9 @@ Maths, for projection i with branches j (an active adapter each), products accum
     dA_ij = d_ij^T (x * keep_ij),  dB_ij = dy_i^T t_ij,  dW_i = dy_i^T x
     dbias_i = sum_m dy_i,  dlora_bias_ij = s_ij dbias_i
 
+A branch may scale its ranks and outputs by trained vectors: then B_ij above is out_scale B
+rank_scale, formed for each pass and never kept (_lora_scales.py). VeRA and AdaLoRA are that.
+
 A projection whose output got no gradient takes no part in backward: its parameters get none.
 
 Saved for backward: x as it came (only if A or W trains, and not if its producer can rebuild it:
@@ -45,6 +48,7 @@ from fasttune.ops import _dropout, _lora_linear_reference, _recipe
 from fasttune.ops._arguments import check_float, check_shape, rows_first
 from fasttune.ops._lora_linear_backends import BACKWARD, FORWARD
 from fasttune.ops._lora_linear_products import Needs
+from fasttune.ops._lora_scales import scale_gradients, scaled_up
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class LoraBranch:
         bias: [N] or None: PEFT's ``lora_bias``, scaled like the branch.
         dropout_p: probability in [0, 1) to drop an element of the branch's input; rounded to 1 /
             65536.
+        rank_scale: [R] or None, multiplies the columns of ``b`` (as well: the rows of ``a``).
+        out_scale: [N] or None, multiplies the rows of ``b``.
     """
 
     a: Tensor
@@ -65,6 +71,13 @@ class LoraBranch:
     scaling: float | Tensor = 1.0
     bias: Tensor | None = None
     dropout_p: float = 0.0
+    rank_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+
+    def refuse_scales(self) -> None:
+        """Raises ValueError if ranks or outputs are scaled: for ops that cannot."""
+        if self.rank_scale is not None or self.out_scale is not None:
+            raise ValueError("branches: expected no rank_scale and no out_scale here, got one")
 
 
 @dataclass(frozen=True)
@@ -105,11 +118,13 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, x: Tensor, *flat: Any) -> Any:
-        weights, biases, a, b, lora_biases, scaling_tensors, bases, seeds = _unpack(spec, flat)
+        weights, biases, a, b, lora_biases, scaling_tensors, bases, seeds, *scales = _unpack(
+            spec, flat
+        )
         m = math.prod(x.shape[:-1])
         rows = rows_first(x, m, x.shape[-1])
         args = (
-            rows, weights, biases, a, b, lora_biases, scaling_tensors,
+            rows, weights, biases, a, _scaled(b, *scales), lora_biases, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds,
             spec.compute_dtype, [y if y is None else rows_first(y, m, y.shape[-1]) for y in bases],
             list(spec.streams),
@@ -123,6 +138,7 @@ class _LoraLinear(torch.autograd.Function):
         differentiable = 1 + 2 * len(weights) + 3 * len(a)  # x, weights, biases, a, b, lora_biases
         needs = list(ctx.needs_input_grad[1 : 1 + differentiable])
         need_x = needs[0]
+        ctx.scale_needs = _join_scale_needs(needs, ctx.needs_input_grad, spec, scales)
         need = Needs.unpack(needs, len(weights), len(a))
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
         # nothing, nor does an input that its producer can rebuild.
@@ -137,6 +153,8 @@ class _LoraLinear(torch.autograd.Function):
             *b,
             *(t if flag else None for t, flag in zip(ts, need.b, strict=True)),
             *scaling_tensors,
+            *scales[0],
+            *scales[1],
         )
         ctx.set_materialize_grads(False)
         ctx.ran = False
@@ -159,14 +177,14 @@ class _LoraLinear(torch.autograd.Function):
         ctx.ran = True  # deferred groups ask whether a call still waits for its backward
         spec: _Spec = ctx.spec
         n, k = len(spec.counts), len(spec.scalings)
-        nothing = (None,) * (2 + 4 * n + 4 * k)
+        nothing = (None,) * (2 + 4 * n + 6 * k)
         given = next((dy for dy in dys if dy is not None), None)
         if given is None:
             return nothing
         x, *saved = ctx.saved_tensors
         if ctx.recipe:
             x = _recipe.rebuild(ctx, _INPUT)
-        seeds, weights, a, b, ts, scaling_tensors = _split(saved, (n, n, k, k, k, k))
+        seeds, weights, a, b, ts, scaling_tensors, *scales = _split(saved, (n, n, *[k] * 6))
         rows = math.prod(ctx.shape[:-1])
         needs = Needs.unpack(ctx.needs, n, k).of_outputs(
             [dy is not None for dy in dys], spec.counts
@@ -177,7 +195,7 @@ class _LoraLinear(torch.autograd.Function):
                 for dy, width in zip(dys, ctx.widths, strict=True)
             ],
             None if x is None else rows_first(x, rows, ctx.shape[-1]),
-            weights, a, b, ts, scaling_tensors,
+            weights, a, _scaled(b, *scales), ts, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds, ctx.x_dtype,
             needs, list(spec.streams),
         )  # fmt: skip
@@ -189,6 +207,11 @@ class _LoraLinear(torch.autograd.Function):
         if dx is not None:
             dx = dx.view(ctx.shape)
         dws, dbiases, das, dbs, dlora_biases = _split(rest, (n, n, k, k, k))
+        dscales: list[list[Tensor | None]] = [[None] * k, [None] * k]
+        for j, wanted in ctx.scale_needs.items():
+            if dbs[j] is not None:
+                grads_of = scale_gradients(dbs[j], b[j], scales[0][j], scales[1][j], wanted)
+                dbs[j], dscales[0][j], dscales[1][j] = grads_of
         dtypes = iter(ctx.bias_dtypes)
         dbiases = [g if g is None else g.to(t) for g, t in zip(dbiases, dtypes, strict=False)]
         dlora_biases = [
@@ -197,7 +220,32 @@ class _LoraLinear(torch.autograd.Function):
         ]
         dbases = [dy if given else None for dy, given in zip(dys, ctx.has_base, strict=True)]
         nones = (None,) * k, (None,) * n  # scaling tensors and seeds
-        return None, dx, *dws, *dbiases, *das, *dbs, *dlora_biases, *nones[0], *dbases, *nones[1]
+        dbranches = *das, *dbs, *dlora_biases, *nones[0]
+        return None, dx, *dws, *dbiases, *dbranches, *dbases, *nones[1], *dscales[0], *dscales[1]
+
+
+def _scaled(
+    b: Sequence[Tensor], rank_scales: Sequence[Tensor | None], out_scales: Sequence[Tensor | None]
+) -> list[Tensor]:
+    return [scaled_up(*branch) for branch in zip(b, rank_scales, out_scales, strict=True)]
+
+
+def _join_scale_needs(
+    needs: list[bool], all_needs: Sequence[bool], spec: _Spec, scales: Sequence[Sequence[Any]]
+) -> dict[int, tuple[bool, bool, bool]]:
+    """Set, in ``needs``, that a scaled B gets a gradient if B or one of its scales needs one.
+
+    Returns the scaled branches, each with which of the three (B, rank_scale, out_scale) do.
+    """
+    n, k = len(spec.counts), len(spec.scalings)
+    first_b, first_scale = 1 + 2 * n + k, 2 + 4 * n + 4 * k  # all_needs counts the spec and x
+    joined = {}
+    for j, scaled in enumerate(zip(*scales, strict=True)):
+        if scaled != (None, None):
+            at = first_scale + j
+            joined[j] = (needs[first_b + j], all_needs[at], all_needs[at + k])
+            needs[first_b + j] = any(joined[j])
+    return joined
 
 
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
@@ -211,8 +259,8 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 def _pack(
     projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
 ) -> tuple[list[Any], list[float], list[int]]:
-    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors, bases, seeds), scalings,
-    counts.
+    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors, bases, seeds, rank scales,
+    out scales), scalings, counts.
     """
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
@@ -224,13 +272,15 @@ def _pack(
     flat += [scale if isinstance(scale, Tensor) else None for scale in scales]
     flat += [projection.base for projection in projections]
     flat += seeds
+    flat += [branch.rank_scale for branch in branches]
+    flat += [branch.out_scale for branch in branches]
     scalings = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
     return flat, scalings, [len(projection.branches) for projection in projections]
 
 
 def _unpack(spec: _Spec, flat: Sequence[Any]) -> list[list[Any]]:
     n, k = len(spec.counts), len(spec.scalings)
-    return _split(flat, (n, n, k, k, k, k, n, n))
+    return _split(flat, (n, n, k, k, k, k, n, n, k, k))
 
 
 def lora_linear_group(
@@ -299,7 +349,8 @@ def apply_group(
     spec = _Spec(tuple(counts), tuple(scalings), tuple(thresholds), tuple(streams), compute_dtype)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         x2 = x.reshape(-1, x.shape[-1])
-        *tensors, bases, _ = _unpack(spec, flat)
+        *tensors, bases, _, rank_scales, out_scales = _unpack(spec, flat)
+        tensors[3] = _scaled(tensors[3], rank_scales, out_scales)
         bases = [y if y is None else y.reshape(-1, y.shape[-1]) for y in bases]
         facts: Any = (*tensors, scalings, thresholds, counts, seeds, compute_dtype, bases, streams)
         ys, _ = _lora_linear_reference.forward(x2, *facts)
@@ -364,6 +415,10 @@ def validate(x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | No
             check_shape("b", branch.b, (outputs, branch.a.shape[0]), x.device)
             if branch.bias is not None:
                 check_shape("lora_bias", branch.bias, (outputs,), x.device)
+            if branch.rank_scale is not None:
+                check_shape("rank_scale", branch.rank_scale, (branch.a.shape[0],), x.device)
+            if branch.out_scale is not None:
+                check_shape("out_scale", branch.out_scale, (outputs,), x.device)
             if isinstance(branch.scaling, Tensor):
                 check_shape("scaling", branch.scaling, (), x.device)
                 if branch.scaling.requires_grad:

@@ -178,11 +178,14 @@ def lora_segmented(
         TypeError: an argument is no tensor, has no float dtype, x and weight differ in dtype
             outside autocast, or rows_of holds no integers.
         ValueError: shapes or devices do not fit, a dropout probability is outside [0, 1), or
-            rows_of has another length or names no branch.
+            rows_of has another length or names no branch, or a branch scales its ranks or
+            outputs.
 
     Semantics: ``LoraLayer._mixed_batch_forward`` of PEFT 0.21.
     """
     dtype = validate(x, [LoraProjection(weight, bias, tuple(branches))], seed)
+    for branch in branches:
+        branch.refuse_scales()
     rows = math.prod(x.shape[:-1])
     given = assignment(rows_of, x.shape[0] if x.dim() > 1 else 1, rows, len(branches))
     return apply_segmented(x, weight, branches, given, dtype, bias=bias, seed=seed)

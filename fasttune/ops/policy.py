@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from fasttune import _native, _registry, _torch
 from fasttune.ops import _triton
-from fasttune.ops.lora_linear import LoraBranch
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Limits:
         bottleneck: input of a bottleneck adapter with a trained scale and without dropout.
         ia3: activations that (IA)^3 scales.
         ia3_cast: the same where they differ from the vector in dtype, so that PEFT casts them.
+        vera_rank: the largest rank (not the smallest call) of VeRA. Its gradient of the output's
+            scale is a product of that rank here, where PEFT has kept the branch's output.
     """
 
     lora_dropout: int = 3 << 16
@@ -53,9 +55,10 @@ class Limits:
     bottleneck: int = 1 << 21
     ia3: int = 1 << 20
     ia3_cast: int = 1 << 18
+    vera_rank: int = 128
 
 
-NO_LIMITS = Limits(*(0 for _ in fields(Limits)))
+NO_LIMITS = replace(Limits(*(0 for _ in fields(Limits))), vera_rank=sys.maxsize)
 limits = Limits()  # tests on tiny models put NO_LIMITS here
 
 
@@ -80,15 +83,20 @@ def lora_too_small(x: Tensor, outputs: int) -> bool:
     return _registry.forced_backend() is None
 
 
-def lora_not_faster(x: Tensor, outputs: int, branches: Sequence[LoraBranch]) -> bool:
-    """True if PEFT's own forward is faster for these branches."""
-    if not x.is_cpu or any(branch.dropout_p > 0 for branch in branches):
+def lora_not_faster(x: Tensor, outputs: int, dropouts: Sequence[float]) -> bool:
+    """True if PEFT's own forward is faster for branches with these probabilities of dropout."""
+    if not x.is_cpu or any(p > 0 for p in dropouts):
         return False
     if _torch.autocast_dtype("cpu") is not None:
         limit = limits.lora_autocast
     else:
         limit = limits.lora_fp32 if x.dtype == torch.float32 else limits.lora_16bit
     return _elements(x, outputs) < limit and _registry.forced_backend() is None
+
+
+def vera_not_faster(x: Tensor, ranks: Sequence[int]) -> bool:
+    """True if PEFT's own forward is faster for VeRA of these ranks, whatever the size of x."""
+    return x.is_cpu and max(ranks) > limits.vera_rank and _registry.forced_backend() is None
 
 
 def _elements(x: Tensor, outputs: int) -> int:

@@ -37,14 +37,15 @@ _TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 def patch_layers(session: Session) -> None:
     """Swap every module that computes a known activation and has no state."""
-    inside_mlps = {
+    inside = {
         id(child)
         for module in session.model.modules()
-        if "mlp" in swap.kinds_of(module)
-        for child in module.children()
+        for kind, children in (("mlp", module.children()), ("prefix", module.modules()))
+        if kind in swap.kinds_of(module)
+        for child in children
     }
     for name, module in session.candidates(KIND):
-        if module._modules or module._parameters or module._buffers or id(module) in inside_mlps:
+        if module._modules or module._parameters or module._buffers or id(module) in inside:
             continue
         key = (KIND, probe.signature(module))
         if key not in session.proofs:

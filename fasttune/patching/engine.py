@@ -17,8 +17,10 @@ from fasttune.patching import (
     ia3,
     lora,
     loss,
+    lowrank,
     mlp,
     norm,
+    prefix,
     sharding,
     state,
     swap,
@@ -31,9 +33,11 @@ from fasttune.patching.session import Session
 # In the order of patching: the loss looks at heads that LoRA may have wrapped.
 _PATCHERS = {
     lora.KIND: lora.patch_layers,
+    lowrank.KIND: lowrank.patch_layers,
     experts.KIND: experts.patch_layers,
     ia3.KIND: ia3.patch_layers,
     tokens.KIND: tokens.patch_layers,
+    prefix.KIND: prefix.patch_layers,
     loss.KIND: loss.patch_models,
     norm.KIND: norm.patch_layers,
     mlp.KIND: mlp.patch_layers,
@@ -67,8 +71,8 @@ def patch(
         include: patch only modules with these names or name endings, as PEFT's ``target_modules``;
             None means all.
         exclude: leave these modules alone.
-        kinds: subset of {"lora", "experts", "ia3", "tokens", "loss", "norm", "mlp", "activation",
-            "attention"}; None means all.
+        kinds: subset of {"lora", "lowrank", "experts", "ia3", "tokens", "prefix", "loss", "norm",
+            "mlp", "activation", "attention"}; None means all.
         fused_loss: False keeps the model's own loss (the same as leaving "loss" out of kinds).
         groups: compute LoRA layers that share an input (q, k and v; gate and up) by one op, once
             they were seen to share it (groups.py); False computes each alone.
@@ -188,8 +192,8 @@ def _nothing_to_patch(session: Session) -> None:
     model, strict = session.model, session.strict
     reasons = sorted(set(session.skipped.values()))
     detail = "; ".join(reasons) or (
-        "no LoRA or (IA)^3 layer, causal language model, norm, gated MLP, activation or attention "
-        "was found (call fasttune.patch after get_peft_model)"
+        "no layer of LoRA, VeRA, AdaLoRA or (IA)^3, causal language model, norm, gated MLP, "
+        "activation or attention was found (call fasttune.patch after get_peft_model)"
     )
     message = f"fasttune.patch found nothing to fuse in {type(model).__name__}: {detail}"
     if strict:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fasttune import _torch
-from fasttune.integrations import peft_ia3
+from fasttune.integrations import peft, peft_ia3
 from fasttune.ops import LoraProjection
 from fasttune.ops.ia3_scale import apply_ia3_scale
 from fasttune.ops.lora_linear import apply_group
@@ -54,15 +55,40 @@ def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> An
 
 
 def _scaled_input(layer: Any, x: Tensor, scale: Tensor) -> Any:
-    """A trained base weight rebuilds its input from x: only x is kept."""
     scaled = apply_ia3_scale(x, scale)
     state.note_output(state.of(layer, KIND), scaled)
-    weight = peft_ia3.trained_weight(layer, x)
+    return _base_of(layer, scaled)
+
+
+def _base_of(layer: Any, scaled: Tensor) -> Any:
+    """A trained base weight rebuilds its input from what made that: it is not kept."""
+    weight = peft_ia3.trained_weight(layer, scaled)
     if weight is None:
         return layer.base_layer(scaled)
     projection = LoraProjection(weight, layer.base_layer.bias, ())
-    compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
+    compute_dtype = _torch.autocast_dtype(scaled.device.type) or scaled.dtype
     return apply_group(scaled, (projection,), compute_dtype)[0]
+
+
+def scale_of_input(layer: nn.Module, like: Tensor) -> Tensor | None:
+    """The factors [K] that a layer multiplies an input such as ``like`` [*, K] by, for who makes
+    that input and then calls :func:`forward_scaled`; None if the layer must be called itself.
+    """
+    ours = type(layer).__dict__.get("_fasttune_kind") == KIND
+    if not ours or peft.hooked(layer) or torch_module._has_any_global_hook():
+        return None
+    if not peft_ia3.scales_input(layer) or peft_ia3.converts(layer):
+        return None
+    if _why_original(layer, like, (), {}) is not None:
+        return None
+    return peft_ia3.scale(list(peft_ia3.active_vectors(layer).values()))
+
+
+def forward_scaled(layer: nn.Module, scaled: Tensor) -> Any:
+    """What a layer returns for an input that is scaled already."""
+    record = state.of(layer, KIND)
+    state.note_fused(record, state.backend_of(scaled) or record.backend, 0)
+    return _base_of(layer, scaled)
 
 
 def _why_original(

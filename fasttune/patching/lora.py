@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft, peft_experts, peft_ia3
+from fasttune.integrations import peft, peft_experts, peft_ia3, peft_lowrank
 from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
@@ -31,7 +31,8 @@ def patch_layers(session: Session) -> None:
     """Swap every LoRA Linear of the model; the other PEFT layers are named in the report."""
     families: dict[str, list[nn.Module]] = {}
     for name, layer in peft.lora_layers(session.model):
-        if peft_experts.is_wrapper(layer):  # of a parameter: experts.py
+        # Of a parameter: experts.py; of AdaLoRA: lowrank.py.
+        if peft_experts.is_wrapper(layer) or peft_lowrank.is_lowrank(layer):
             continue
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
@@ -51,7 +52,7 @@ def patch_layers(session: Session) -> None:
     else:
         groups.forget(layer for family in families.values() for layer in family)
     for name, layer in peft.other_tuner_layers(session.model):
-        if not peft_ia3.is_ia3(layer):  # a kind of their own
+        if not (peft_ia3.is_ia3(layer) or peft_lowrank.is_lowrank(layer)):  # kinds of their own
             session.skip(KIND, name, f"PEFT's {peft.method_of(layer)} is not fused")
 
 
@@ -80,7 +81,7 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         return _fused_dora(layer, x, adapter)
     if reason is None:
         projection = peft.projection(layer, x)
-        reason = _why_base_output(x, projection.base)
+        reason = why_base_output(x, projection.base)
         if reason is None:
             return _fused(layer, x, projection)
     if not torch.compiler.is_compiling():
@@ -139,13 +140,13 @@ def _why_original(
         reason = peft.why_dora_original(layer, dora, x)
         if reason is not None:
             return reason
-    elif lora_not_faster(x, layer.out_features, peft.branches(layer)):
+    elif lora_not_faster(x, layer.out_features, [b.dropout_p for b in peft.branches(layer)]):
         return _TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)
 
 
-def _why_base_output(x: Tensor, base: Any) -> Reason | None:
+def why_base_output(x: Tensor, base: Any) -> Reason | None:
     """Why the branches cannot be added to what a base layer's own forward returned.
 
     That forward then runs a second time, in PEFT's.

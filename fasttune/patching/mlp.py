@@ -8,7 +8,6 @@ a gated MLP, and the order of the calls is its plan. A packed one has a single s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.glu import apply_glu
 from fasttune.ops.policy import TOO_SMALL, mlp_too_small
-from fasttune.patching import guard, probe, state, swap
+from fasttune.ops.scaled_glu import apply_scaled_glu
+from fasttune.patching import guard, ia3, probe, state, swap
 from fasttune.patching.activation import close
 from fasttune.patching.session import Session
 from fasttune.reason import Reason
@@ -180,15 +180,31 @@ def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any
         if reason is not guard.COMPILED:
             state.note_fallback(record, reason)
         return original(module, x, *args, **kwargs)
-    children: dict[str, Callable[[Any], Any]] = module._modules  # type: ignore[assignment]
+    children: dict[str, Any] = module._modules
     parts = [children[name](x) for name in plan.inputs]
-    h = apply_glu(
-        *_gate_and_up(plan, parts), activation=plan.activation, gate_first=plan.gate_first
-    )
-    state.note_output(record, h)
-    for name in plan.chain:
-        h = children[name](h)
+    gate, up = _gate_and_up(plan, parts)
+    chain = [children[name] for name in plan.chain]
+    scale = _scale_of(chain[0], gate, up)
+    if scale is None:
+        h = apply_glu(gate, up, plan.activation, plan.gate_first)
+        state.note_output(record, h)
+    else:  # (IA)^3 on the hidden state: no pass of its own
+        scaled = apply_scaled_glu(gate, up, scale, plan.activation, plan.gate_first)
+        state.note_output(record, scaled)
+        h = ia3.forward_scaled(chain.pop(0), scaled)
+    for child in chain:
+        h = child(h)
     return h
+
+
+def _scale_of(child: Any, gate: Any, up: Any) -> Tensor | None:
+    """What the child multiplies the hidden state of gate and up by before all else, or None."""
+    if ia3.KIND not in swap.kinds_of(child) or type(gate) is not Tensor or not gate.dim():
+        return None
+    if up is not None:
+        fits = type(up) is Tensor and up.dtype == gate.dtype and up.shape == gate.shape
+        return ia3.scale_of_input(child, gate) if fits else None
+    return ia3.scale_of_input(child, gate[..., : gate.shape[-1] // 2])
 
 
 def _gate_and_up(plan: GatedPlan, parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from fasttune import _registry, _torch
 from fasttune.errors import VerificationError
-from fasttune.integrations import peft, peft_ia3
+from fasttune.integrations import peft, peft_ia3, peft_lowrank
 from fasttune.ops import LoraProjection, _dropout
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.ia3_scale import apply_ia3_scale
 from fasttune.ops.lora_linear import apply_group
-from fasttune.patching import activation, ia3, lora, loss, norm, probe, state, swap
+from fasttune.patching import activation, ia3, lora, loss, lowrank, norm, probe, state, swap
 from fasttune.patching.step import LossFn, run_loss
 
 # Both sides make the same number of roundings, in another order: the maximum over many elements of
@@ -74,8 +74,8 @@ def check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[L
             name = record.name
             if name in seen or not isinstance(output, Tensor) or not output.requires_grad:
                 return
-            # (IA)^3 of an input ends in torch's product, whose node is not ours.
-            counted = kind == ia3.KIND and record.fused_calls > calls_before
+            # (IA)^3 of an input ends in torch's product and VeRA may in a cast, not in our nodes.
+            counted = kind in (ia3.KIND, lowrank.KIND) and record.fused_calls > calls_before
             if not (counted or _is_ours(output.grad_fn)):
                 return
             seen.add(name)
@@ -127,6 +127,19 @@ def _lora_variants(layer: Any, x: Tensor) -> _Variants:
         return _dora_variants(layer, adapter, x)
     with torch.no_grad(), swap.stock():  # an opaque base runs once more, and stays fixed
         projection = peft.projection(layer, x)
+    return _projection_variants(layer, x, projection)
+
+
+def _lowrank_variants(layer: Any, x: Tensor) -> _Variants:
+    with torch.no_grad(), swap.stock():
+        projection = peft_lowrank.projection(layer, x)
+    # A scale may be computed from trained tensors: with gradients on, it counts as trained.
+    return _projection_variants(
+        layer, x, replace(projection, branches=peft_lowrank.branches(layer))
+    )
+
+
+def _projection_variants(layer: Any, x: Tensor, projection: LoraProjection) -> _Variants:
     seed = _dropout.draw_seed(x.device)
     leaves = dict(_trained(projection))
     names = list(leaves)
@@ -258,6 +271,7 @@ def _ia3_variants(layer: Any, x: Tensor) -> _Variants | None:
 
 _VARIANTS: dict[str, Callable[[nn.Module, Tensor], _Variants | None]] = {
     lora.KIND: _lora_variants,
+    lowrank.KIND: _lowrank_variants,
     ia3.KIND: _ia3_variants,
     norm.KIND: _norm_variants,
     activation.KIND: _activation_variants,
@@ -329,7 +343,13 @@ def _peft_formula(x: Tensor, projection: LoraProjection, seed: Tensor) -> Tensor
         cast = x.to(branch.a.dtype)
         scaled = (keep * _dropout.keep_scale(threshold)).to(cast.dtype)
         dropped = cast * scaled.expand_as(x2).view_as(x)
-        up = nn.functional.linear(nn.functional.linear(dropped, branch.a), branch.b, branch.bias)
+        down = nn.functional.linear(dropped, branch.a)
+        if branch.rank_scale is not None:
+            down = branch.rank_scale * down
+        if branch.out_scale is None:
+            up = nn.functional.linear(down, branch.b, branch.bias)
+        else:  # without a bias
+            up = branch.out_scale * nn.functional.linear(down, branch.b)
         result = result + up * branch.scaling
     return result.to(dtype)
 
@@ -373,6 +393,8 @@ def _named(projection: LoraProjection) -> list[tuple[str, Tensor | None]]:
             (f"lora_A[{j}]", branch.a),
             (f"lora_B[{j}]", branch.b),
             (f"lora_B[{j}].bias", branch.bias),
+            (f"rank_scale[{j}]", branch.rank_scale),
+            (f"out_scale[{j}]", branch.out_scale),
         ]
     return named
 
@@ -387,23 +409,18 @@ def _replaced(projection: LoraProjection, leaves: dict[str, Tensor]) -> LoraProj
     for j, branch in enumerate(projection.branches):
         a, b = tensors[f"lora_A[{j}]"], tensors[f"lora_B[{j}]"]
         assert a is not None and b is not None
-        bias = tensors[f"lora_B[{j}].bias"]
-        branches.append(type(branch)(a, b, branch.scaling, bias, branch.dropout_p))
+        names = {"bias": f"lora_B[{j}].bias"}
+        names |= {name: f"{name}[{j}]" for name in ("rank_scale", "out_scale")}
+        others: Any = {field: tensors[name] for field, name in names.items()}
+        branches.append(replace(branch, a=a, b=b, **others))
     return LoraProjection(tensors["weight"], tensors["bias"], tuple(branches), tensors["base"])
 
 
 def _in_double(projection: LoraProjection) -> LoraProjection:
     doubled = {n: None if t is None else t.double() for n, t in _named(projection)}
-    leaves = {n: t for n, t in doubled.items() if t is not None}
-    result = _replaced(projection, leaves)
+    result = _replaced(projection, {n: t for n, t in doubled.items() if t is not None})
     branches = tuple(
-        type(b)(
-            b.a,
-            b.b,
-            b.scaling.double() if isinstance(b.scaling, Tensor) else b.scaling,
-            b.bias,
-            b.dropout_p,
-        )
+        replace(b, scaling=b.scaling.double()) if isinstance(b.scaling, Tensor) else b
         for b in result.branches
     )
-    return LoraProjection(result.weight, result.bias, branches, result.base)
+    return replace(result, branches=branches)

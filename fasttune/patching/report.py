@@ -13,9 +13,11 @@ from fasttune.patching import engine, groups, state
 
 _TITLES = {
     "lora": "LoRA layers",
+    "lowrank": "VeRA and AdaLoRA layers",
     "experts": "LoRA on experts",
     "ia3": "(IA)^3 layers",
     "tokens": "trainable tokens",
+    "prefix": "prefix encoders",
     "loss": "causal LM loss",
     "norm": "norms",
     "mlp": "gated MLPs",
@@ -29,8 +31,8 @@ class KindReport:
     """Counts of one kind.
 
     Attributes:
-        kind: "lora", "experts", "ia3", "tokens", "loss", "norm", "mlp", "activation" or
-            "attention".
+        kind: "lora", "lowrank", "experts", "ia3", "tokens", "prefix", "loss", "norm", "mlp",
+            "activation" or "attention".
         fused: modules whose calls so far were fused.
         pending: patched modules that have not been called yet.
         original: modules, patched or not, that took the original path, by reason.

@@ -40,12 +40,18 @@ def stock() -> Iterator[None]:
 
 
 _forwards: dict[str, Forward] = {}
+_in_stock: set[str] = set()
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def register_kind(kind: str, forward: Forward) -> None:
-    """Name the forward of a kind of swap; names, not functions, travel in pickles."""
+def register_kind(kind: str, forward: Forward, *, in_stock: bool = False) -> None:
+    """Name the forward of a kind of swap; names, not functions, travel in pickles.
+
+    ``in_stock``: without it the stock model cannot run, so :func:`stock` keeps it.
+    """
     _forwards[kind] = forward
+    if in_stock:
+        _in_stock.add(kind)
 
 
 def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
@@ -57,7 +63,7 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
 
     @functools.wraps(own)  # trainers read the signature of forward
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _stock.active:
+        if _stock.active and kind not in _in_stock:
             return own(self, *args, **kwargs)
         return fused(self, own, *args, **kwargs)
 

@@ -23,7 +23,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from fasttune import _torch
 from fasttune.errors import PatchError, VerificationError
+from fasttune.integrations import peft_lowrank
 from fasttune.ops.policy import no_limits
 from fasttune.patching import (
     activation,
@@ -32,8 +34,10 @@ from fasttune.patching import (
     ia3,
     lora,
     loss,
+    lowrank,
     mlp,
     norm,
+    prefix,
     swap,
     tokens,
 )
@@ -121,8 +125,11 @@ def _check_step(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[La
     # The masks of stock's dropout and of ours cannot be the same bits; the replay above covers
     # ours.
     for module in model.modules():
-        if lora.KIND in swap.kinds_of(module):
+        kinds = swap.kinds_of(module)
+        if lora.KIND in kinds:
             module.lora_dropout.eval()  # type: ignore[union-attr]
+        if lowrank.KIND in kinds:
+            peft_lowrank.dropouts(module).eval()
     fused = _step(model, batch, loss_fn)
     with swap.stock():
         stock = _step(model, batch, loss_fn)
@@ -172,25 +179,25 @@ def _rounding_noise(model: nn.Module) -> Iterator[Callable[[], float]]:
     def widened(value: Tensor) -> Tensor:
         return value.to(torch.promote_types(value.dtype, torch.float32))
 
-    def size_of_error(value: Tensor, depth: int) -> Tensor:
+    def size_of_error(value: Tensor, depth: int, rounded_to: torch.dtype) -> Tensor:
         """Rounding of the result, and accumulation in fp32 over ``depth`` terms of its typical
         size.
         """
         wide = widened(value)
         unit, accumulated = (
-            torch.finfo(value.dtype).eps / 2,
+            torch.finfo(rounded_to).eps / 2,
             torch.finfo(torch.float32).eps / 2 * depth**0.5,
         )
         typical = wide.square().mean().sqrt() if wide.numel() else wide.sum()
         size: Tensor = unit * wide.abs() + accumulated * typical
         return size
 
-    def perturb(value: Tensor, depth: int) -> Tensor:
+    def perturb(value: Tensor, depth: int, rounded_to: torch.dtype) -> Tensor:
         generator = generators.setdefault(
             value.device, torch.Generator(value.device).manual_seed(len(generators))
         )
         sign = torch.randint(0, 2, value.shape, generator=generator, device=value.device) * 2 - 1
-        return (widened(value) + sign * size_of_error(value, depth)).to(value.dtype)
+        return (widened(value) + sign * size_of_error(value, depth, rounded_to)).to(value.dtype)
 
     def after(layer: Any, args: Any, output: Any) -> Any:
         if isinstance(output, tuple):  # attention modules return (output, weights)
@@ -199,20 +206,22 @@ def _rounding_noise(model: nn.Module) -> Iterator[Callable[[], float]]:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         width = args[0].shape[-1] if args and isinstance(args[0], Tensor) else output.shape[-1]
-        noisy = output + (perturb(output.detach(), width) - output.detach())
+        dtype = _rounded_to(layer, output)
+        noisy = output + (perturb(output.detach(), width, dtype) - output.detach())
         if noisy.requires_grad:
             value = noisy.detach()
 
             def backward(gradient: Tensor) -> Tensor:
-                change = widened(gradient) * size_of_error(value, width)
+                change = widened(gradient) * size_of_error(value, width, dtype)
                 variances.append(change.square().sum(dtype=torch.float64))
-                return perturb(gradient, gradient.shape[-1])
+                return perturb(gradient, gradient.shape[-1], dtype)
 
             noisy.register_hook(backward)
         return noisy
 
     patched = (
         lora.KIND,
+        lowrank.KIND,
         ia3.KIND,
         loss.HEAD,
         norm.KIND,
@@ -220,6 +229,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[Callable[[], float]]:
         activation.KIND,
         attention.KIND,
         tokens.KIND,
+        prefix.KIND,
         experts.KIND,
     )
     handles = [
@@ -232,3 +242,10 @@ def _rounding_noise(model: nn.Module) -> Iterator[Callable[[], float]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rounded_to(layer: nn.Module, output: Tensor) -> torch.dtype:
+    """The dtype that the values of an output were rounded to: VeRA returns autocast's in x's."""
+    autocast = _torch.autocast_dtype(output.device.type)
+    wider = lowrank.KIND in swap.kinds_of(layer) and peft_lowrank.returns_input_dtype(layer)
+    return autocast if wider and autocast is not None else output.dtype

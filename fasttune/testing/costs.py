@@ -21,6 +21,7 @@ from fasttune.testing import (  # noqa: F401  each registers its own
     costs_linear_log_probs,
     costs_norms,
     costs_rope,
+    costs_scaled_glu,
 )
 from fasttune.testing.accounting import Launch, register_cost
 

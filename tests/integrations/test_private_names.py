@@ -165,3 +165,82 @@ def test_trainer_saves_and_loads_checkpoints_by_these_names() -> None:
     assert "self._load_best_model()" in inspect.getsource(Trainer)
     assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(Trainer)
     assert "state.best_model_checkpoint" in inspect.getsource(Trainer._load_best_model)
+
+
+def test_peft_vera_and_adalora() -> None:
+    from peft import AdaLoraConfig, VeraConfig
+
+    common = ("base_layer", "in_features", "out_features", "active_adapters", "disable_adapters",
+              "merged")  # fmt: skip
+    expected = {
+        VeraConfig: (
+            ("vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b", "vera_dropout"),
+            (
+                "sliced_A = vera_A[:, : self.in_features].to(x.device)",
+                "sliced_B = vera_B[: self.out_features, :].to(x.device)",
+                "x = self._cast_input_dtype(x, lambda_d.dtype)",
+                "lambda_b * F.linear(lambda_d * F.linear(dropout(x), sliced_A), sliced_B)",
+                "result = result.to(previous_dtype)",
+            ),
+        ),
+        AdaLoraConfig: (
+            ("lora_A", "lora_B", "lora_E", "ranknum", "lora_dropout", "scaling"),
+            (
+                "ranknum = self.ranknum[active_adapter] + 1e-5",
+                "x = self._cast_input_dtype(x, lora_A.dtype)",
+                "result += (dropout(x) @ (lora_A * lora_E).T @ lora_B.T) * scaling / ranknum",
+            ),
+        ),
+    }
+    for config, (names, lines) in expected.items():
+        options = {"total_step": 10} if config is AdaLoraConfig else {}
+        model: Any = get_peft_model(tiny_llama(), config(target_modules=["k_proj"], **options))
+        layer = model.base_model.model.model.layers[0].self_attn.k_proj
+        for name in (*common, *names):
+            assert hasattr(layer, name), name
+        source = inspect.getsource(type(layer).forward)
+        # The lines whose meaning patching/lowrank.py reproduces.
+        for line in lines:
+            assert line in source, line
+
+
+def test_peft_prefix_encoder() -> None:
+    from peft import PeftModel, PrefixEncoder, PrefixTuningConfig
+
+    options = {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8}
+    model = get_peft_model(tiny_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", **options))
+    encoder = model.prompt_encoder["default"]
+    assert type(encoder) is PrefixEncoder and encoder.prefix_projection is True
+    assert [type(part) for part in encoder.transform] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert encoder.embedding.num_embeddings == 3
+    source = inspect.getsource(PrefixEncoder.forward)
+    # The lines whose meaning patching/prefix.py reproduces.
+    for line in (
+        "prefix_tokens = self.embedding(prefix)",
+        "past_key_values = self.transform(prefix_tokens)",
+    ):
+        assert line in source, line
+    source = inspect.getsource(PeftModel.get_prompt)
+    for line in (".expand(batch_size, -1)", "past_key_values = prompt_encoder(prompt_tokens)"):
+        assert line in source, line
+
+
+def test_transformers_checkpointed_layers_and_their_cache() -> None:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    assert GradientCheckpointingLayer._can_checkpoint_with_cache is False
+    assert "if not self._can_checkpoint_with_cache:" in inspect.getsource(
+        GradientCheckpointingLayer.__init_subclass__
+    )
+    model: Any = tiny_llama()
+    model.gradient_checkpointing_enable()
+    layer = model.model.layers[0]
+    assert isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing is True
+    assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
+    states = torch.randn(2, 1, 2, 4, 8).unbind()
+    cache = DynamicCache([states])
+    assert cache.offloading is False and [type(each) for each in cache.layers] == [DynamicLayer]
+    assert all(torch.equal(a, b) for a, b in zip((cache.layers[0].keys, cache.layers[0].values),
+                                                 states, strict=True))  # fmt: skip

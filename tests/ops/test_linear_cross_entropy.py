@@ -94,6 +94,15 @@ def test_large_logits_do_not_overflow():
             ValueError,
             "b: expected shape",
         ),
+        (
+            {
+                "branches": [
+                    LoraBranch(torch.ones(2, 16), torch.ones(101, 2), out_scale=torch.ones(101))
+                ]
+            },
+            ValueError,
+            "branches: expected no rank_scale and no out_scale",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

@@ -59,6 +59,14 @@ def test_wrong_arguments_are_named(change, error, message):
         lora_linear(**given)
 
 
+@pytest.mark.parametrize(("name", "size"), [("rank_scale", 3), ("out_scale", 7)])
+def test_wrong_scales_are_named(name, size):
+    x, weight = torch.randn(5, 24), torch.randn(7, 24)
+    branch = LoraBranch(torch.randn(3, 24), torch.randn(7, 3), **{name: torch.ones(size + 1)})
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \[{size}\]"):
+        lora_linear_group(x, [LoraProjection(weight, None, (branch,))])
+
+
 def test_a_group_equals_its_members():
     x, weight, a, b = arguments()
     x.requires_grad_()

@@ -190,6 +190,15 @@ def test_gradients_of_16_bit_factors_are_summed_over_segments_in_fp32():
             ValueError,
             "dropout_p: expected a probability",
         ),
+        (
+            {
+                "branches": [
+                    LoraBranch(torch.ones(2, K), torch.ones(N, 2), rank_scale=torch.ones(2))
+                ]
+            },
+            ValueError,
+            "branches: expected no rank_scale",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fasttune
 from fasttune.ops import ia3_scale
 from fasttune.patching import ia3
+from fasttune.testing.accounting import count
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TARGETS = {
@@ -289,6 +290,108 @@ def test_the_input_of_a_trained_base_weight_is_kept_once() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         model(x)
     assert [t.shape for t in saved if t.shape == x.shape] == [x.shape]
+
+
+# ---------------------------------------------------------------------------- gated MLPs
+
+
+def mlp_model(kind: str = "llama", dtype: torch.dtype = FP32) -> Any:
+    """One gated MLP whose hidden state is scaled."""
+    from transformers import LlamaConfig, Phi3Config
+    from transformers.models.llama.modeling_llama import LlamaMLP
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 4}
+    mlp = LlamaMLP(LlamaConfig(**sizes)) if kind == "llama" else Phi3MLP(Phi3Config(**sizes))
+    config = IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    return away_from_one(get_peft_model(nn.Sequential(mlp).to(dtype), config)).train()
+
+
+def launched(model: nn.Module, x: Tensor) -> set[str]:
+    names = {launch.name for launch in count(model, x).total.launches}
+    return {name for name in names if "glu" in name or "ia3" in name or "scaled_sum" in name}
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+@pytest.mark.parametrize(("dtype", "autocast"), [(FP32, None), (BF16, None), (FP32, BF16)])
+def test_a_gated_mlp_scales_its_hidden_state_without_a_pass(
+    kind: str, dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    model, x = mlp_model(kind, dtype), torch.randn(2, 9, 48).to(dtype)
+    truth = layer_step(copy.deepcopy(model).double(), x.double())
+    stock = layer_step(model, x, autocast)
+    ours = layer_step(fasttune.patch(model, strict=True), x, autocast)
+    assert fused(model) == 1 and fasttune.report(model)["mlp"].fused == 1
+    assert ours.keys() == stock.keys() and len(ours) == 3
+    for name, exact in truth.items():
+        assert ours[name].dtype == stock[name].dtype
+        mine, theirs = ((each[name].double() - exact).abs().max() for each in (ours, stock))
+        unit = torch.finfo(ours[name].dtype).eps * exact.abs().max()
+        assert mine <= 2 * theirs + 2 * unit, (name, float(mine), float(theirs))
+    assert launched(model, x) == {
+        "fasttune::scaled_glu_forward",
+        "fasttune::scaled_glu_backward",
+        "fasttune::scaled_glu_backward.dscale",
+    }
+    fasttune.verify(model, x, loss_fn=lambda m, b: m(b).square().mean())
+
+
+def test_a_hooked_down_projection_is_called_with_the_hidden_state() -> None:
+    stock, model = mlp_model(), fasttune.patch(mlp_model(), strict=True)
+    x, seen = torch.randn(2, 9, 48), []
+
+    def watch(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+        seen.append(args[0].detach())
+        return 2 * y
+
+    for each in (stock, model):
+        each.base_model.model[0].down_proj.register_forward_hook(watch)
+    expected, ours = layer_step(stock, x), layer_step(model, x)
+    assert relative(*reversed(seen)) < 1e-6
+    assert_same(ours, expected, 1e-5)
+    assert fused(model) == 1
+
+
+def test_what_keeps_a_scale_out_of_the_mlp(batch: dict[str, Tensor]) -> None:
+    """Disabled, merged or without an active adapter: the layer is called, and counts why."""
+    stock, model = mlp_model(), fasttune.patch(mlp_model(), strict=True)
+    x = torch.randn(2, 9, 48)
+    for each in (stock, model):
+        each.base_model.disable_adapter_layers()
+    assert_same(layer_step(model, x), layer_step(stock, x), 1e-5)
+    for each in (stock, model):
+        each.base_model.enable_adapter_layers()
+        each.merge_adapter()
+    assert_same(layer_step(model, x), layer_step(stock, x), 1e-5)
+    explained = fasttune.explain(model)["down_proj"]
+    assert explained.fallbacks == {"adapters are disabled": 1, "adapters are merged": 1}
+    assert explained.fused_calls == 0
+
+
+def test_a_trained_down_projection_rebuilds_the_scaled_hidden_state() -> None:
+    stock, model = mlp_model(), mlp_model()
+    for each in (stock, model):
+        each.base_model.model[0].down_proj.base_layer.requires_grad_(True)
+    fasttune.patch(model, strict=True)
+    x = torch.randn(2, 9, 48)
+    expected, ours = layer_step(stock, x), layer_step(model, x)
+    assert any("base_layer" in name for name in ours)
+    assert_same(ours, expected, 1e-5)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        model(x.requires_grad_())
+    assert len([t for t in saved if t.shape == (2, 9, 72)]) == 2  # gate and up
+
+
+def test_the_fold_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fasttune.patching import mlp
+
+    right = mlp.apply_scaled_glu
+    monkeypatch.setattr(mlp, "apply_scaled_glu", lambda *args: right(*args) * 1.01)
+    model = fasttune.patch(mlp_model(), strict=True)
+    with pytest.raises(fasttune.VerificationError):
+        fasttune.verify(model, torch.randn(2, 9, 48), loss_fn=lambda m, b: m(b).square().mean())
 
 
 # ---------------------------------------------------------------------------- bases

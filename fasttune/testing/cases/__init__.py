@@ -15,6 +15,7 @@ from fasttune.testing.cases import (
     reft,
     rms_norm,
     rope,
+    scaled_glu,
 )
 from fasttune.testing.conformance import Case
 
@@ -30,6 +31,7 @@ _OPS = (
     bias_activation,
     bottleneck,
     ia3_scale,
+    scaled_glu,
     reft,
     rope,
     attention,

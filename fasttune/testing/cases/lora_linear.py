@@ -30,6 +30,7 @@ class Setting:
     dropout: float = 0.0
     bias: bool = False
     lora_bias: bool = False
+    scales: str = ""  # of "rank" and "out", the trained vectors that scale each branch
     scaling_tensor: bool = False
     strided: bool = False
     frozen: str = ""  # names of leaves that need no gradient, besides the weight
@@ -65,6 +66,10 @@ def _build(setting: Setting, device: str) -> Call:
         if setting.lora_bias:
             leaves.append(random((setting.outputs,), setting.adapter, 1.0))
             names.append(f"lora_bias{j}")
+        for scale_name in setting.scales.split():
+            size = rank if scale_name == "rank" else setting.outputs
+            leaves.append(random((size,), setting.adapter, 1.0))
+            names.append(f"{scale_name}_scale{j}")
     frozen = [*setting.frozen.split(), "bias"]
     if not (setting.train_weight or setting.opaque):
         frozen.append("weight")
@@ -80,7 +85,8 @@ def _build(setting: Setting, device: str) -> Call:
         for _ in setting.ranks:
             a, b = rest.pop(0), rest.pop(0)
             lora_bias = rest.pop(0) if setting.lora_bias else None
-            branches.append(LoraBranch(a, b, scale, lora_bias, setting.dropout))
+            scales = {f"{name}_scale": rest.pop(0) for name in setting.scales.split()}
+            branches.append(LoraBranch(a, b, scale, lora_bias, setting.dropout, **scales))
         if setting.opaque:
             return LoraProjection(None, None, tuple(branches), base=weight)
         return LoraProjection(weight.t() if setting.conv1d else weight, bias, tuple(branches))
@@ -102,7 +108,14 @@ def _build(setting: Setting, device: str) -> Call:
             keep = _dropout.keep_mask(seed, threshold, rows, x.shape[-1], branch=j)
             keep = keep.to(branch.a.dtype).expand(rows, x.shape[-1]).reshape(x.shape)
             dropped = x.to(branch.a.dtype) * keep * _dropout.keep_scale(threshold)
-            up = linear(linear(dropped, branch.a), branch.b, branch.bias)
+            down = linear(dropped, branch.a)
+            if branch.rank_scale is not None:
+                down = branch.rank_scale * down
+            up = linear(down, branch.b)
+            if branch.out_scale is not None:
+                up = branch.out_scale * up
+            if branch.bias is not None:
+                up = up + branch.bias
             result = result + up * branch.scaling
         return result.to(dtype)
 
@@ -145,6 +158,17 @@ SETTINGS: dict[str, Setting] = {
     "input-without-gradient": replace(_MIXED, frozen="x"),
     "trained-base": replace(_MIXED, train_weight=True),
     "trained-base-fp32": replace(_BASE, train_weight=True, dropout=0.1),
+    # Scaled ranks and outputs: both factors frozen (VeRA), both trained, one of the vectors.
+    "vera": replace(_MIXED, ranks=(16,), frozen="a0 b0", scales="rank out", dropout=0.1),
+    "vera-fp32": replace(_BASE, ranks=(16, 9), frozen="a0 b0 a1 b1", scales="rank out", bias=True),
+    "scales": replace(_BASE, scales="rank out", lora_bias=True),
+    "scales-bf16": replace(_BASE, x=BF16, weight=BF16, adapter=BF16, scales="rank out"),
+    "scales-autocast": replace(_BASE, scales="rank out", autocast=BF16, dropout=0.1),
+    "rank-scale": replace(_MIXED, scales="rank", scaling_tensor=True, dropout=0.1),
+    "out-scale-opaque": replace(_MIXED, scales="out", opaque=True, ranks=(4, 9)),
+    "frozen-scales": replace(
+        _BASE, frozen="a0 b0 rank_scale0 out_scale0", scales="rank out", train_weight=True
+    ),
     # Shapes.
     "one-dimensional": replace(_MIXED, lead=()),
     "four-dimensional": replace(_BASE, lead=(2, 3, 5)),
