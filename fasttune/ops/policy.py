@@ -26,6 +26,7 @@ class Limits:
         lora_16bit, lora_fp32, lora_autocast: the same without dropout, where PEFT runs few
             kernels. The branch stays in the adapter's dtype under autocast, where torch rounds it
             to 16 bits: least is gained there.
+        lora_embedding: output of a LoRA embedding and factors A, whose gradients are dense.
         kernels: input of a norm that is several kernels of torch.
         one_kernel: input of a module that is one kernel of torch already.
         mlp: input of a gated MLP.
@@ -41,6 +42,7 @@ class Limits:
     lora_16bit: int = 1 << 19
     lora_fp32: int = 1 << 20
     lora_autocast: int = 1 << 21
+    lora_embedding: int = 1 << 18
     kernels: int = 1 << 15
     one_kernel: int = 1 << 18
     mlp: int = 1 << 16
@@ -86,6 +88,14 @@ def lora_not_faster(x: Tensor, outputs: int, branches: Sequence[LoraBranch]) -> 
     else:
         limit = limits.lora_fp32 if x.dtype == torch.float32 else limits.lora_16bit
     return _elements(x, outputs) < limit and _registry.forced_backend() is None
+
+
+def lora_embedding_not_faster(ids: Tensor, branches: Sequence[LoraBranch]) -> bool:
+    """True if PEFT's own forward is faster for these branches on an embedding."""
+    if not ids.is_cpu:
+        return False
+    elements = ids.numel() * branches[0].b.shape[0] + sum(branch.a.numel() for branch in branches)
+    return elements < limits.lora_embedding and _registry.forced_backend() is None
 
 
 def _elements(x: Tensor, outputs: int) -> int:

@@ -1,4 +1,4 @@
-"""The fused forward of PEFT's LoRA Linear."""
+"""The fused forward of PEFT's LoRA layers: Linear here, Embedding in lora_embedding.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft, peft_experts, peft_ia3
+from fasttune.integrations import peft, peft_embedding, peft_experts, peft_ia3
 from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
@@ -18,7 +18,15 @@ from fasttune.ops.policy import (
     lora_not_faster,
     lora_too_small,
 )
-from fasttune.patching import assignment, groups, guard, mixed_layer, state, swap
+from fasttune.patching import (
+    assignment,
+    groups,
+    guard,
+    lora_embedding,
+    mixed_layer,
+    state,
+    swap,
+)
 from fasttune.patching.guard import FLOATS
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
@@ -28,23 +36,24 @@ _TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
-    """Swap every LoRA Linear of the model; the other PEFT layers are named in the report."""
+    """Swap every LoRA Linear and Embedding; the other PEFT layers are named in the report."""
     families: dict[str, list[nn.Module]] = {}
     for name, layer in peft.lora_layers(session.model):
         if peft_experts.is_wrapper(layer):  # of a parameter: experts.py
             continue
+        original = swap.original_class(layer)
+        linear = peft.is_linear_like(original)
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
-        elif not peft.is_linear_like(swap.original_class(layer)):
-            title = swap.original_class(layer).__name__
-            session.skip(KIND, name, f"LoRA on {title} is not fused yet")
+        elif not linear and not peft_embedding.is_embedding(original):
+            session.skip(KIND, name, f"LoRA on {original.__name__} is not fused yet")
         elif KIND in swap.kinds_of(layer):
             state.of(layer, KIND).strict = session.strict
-        elif (reason := peft.static_reason(layer)) is not None:
+        elif (reason := _static_reason(layer, linear)) is not None:
             session.skip(KIND, name, reason.text)
         elif not session.refuse(KIND, name, layer):
             session.swap(layer, name, KIND)
-        if KIND in swap.kinds_of(layer):
+        if linear and KIND in swap.kinds_of(layer):
             families.setdefault(name.rpartition(".")[0], []).append(layer)
     if session.groups:
         groups.register(families.values())
@@ -53,6 +62,10 @@ def patch_layers(session: Session) -> None:
     for name, layer in peft.other_tuner_layers(session.model):
         if not peft_ia3.is_ia3(layer):  # a kind of their own
             session.skip(KIND, name, f"PEFT's {peft.method_of(layer)} is not fused")
+
+
+def _static_reason(layer: nn.Module, linear: bool) -> Reason | None:
+    return peft.static_reason(layer) if linear else peft_embedding.static_reason(layer)
 
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -159,4 +172,9 @@ def _why_base_output(x: Tensor, base: Any) -> Reason | None:
     return None
 
 
+def _embedding_forward(layer: nn.Module, original: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+    return lora_embedding.forward(layer, original, state.of(layer, KIND), ids, args, kwargs)
+
+
 swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _embedding_forward, class_name="Embedding")

@@ -100,7 +100,7 @@ def _why_not(layer: nn.Module, wanted: set[str]) -> str | None:
         return None
     cls = swap.original_class(layer)
     if not peft.is_linear(cls):
-        return f"LoRA on {cls.__name__} is not fused"
+        return f"LoRA on {cls.__name__} has one adapter for all samples"
     static = peft.static_reason(layer)
     if static is not None:
         return static.text

@@ -39,13 +39,15 @@ def stock() -> Iterator[None]:
         _stock.active = previous
 
 
-_forwards: dict[str, Forward] = {}
+_forwards: dict[tuple[str, str], Forward] = {}
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def register_kind(kind: str, forward: Forward) -> None:
-    """Name the forward of a kind of swap; names, not functions, travel in pickles."""
-    _forwards[kind] = forward
+def register_kind(kind: str, forward: Forward, *, class_name: str = "") -> None:
+    """Name the forward of a kind of swap, of classes of one name or of all others; names, not
+    functions, travel in pickles.
+    """
+    _forwards[kind, class_name] = forward
 
 
 def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
@@ -53,7 +55,8 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
     cached = _classes.get((original, kind))
     if cached is not None:
         return cached
-    fused, own = _forwards[kind], original.forward
+    fused = _forwards.get((kind, original.__name__)) or _forwards[kind, ""]
+    own = original.forward
 
     @functools.wraps(own)  # trainers read the signature of forward
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

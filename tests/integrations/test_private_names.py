@@ -56,6 +56,30 @@ def test_peft_lora_linear() -> None:
         assert line in source, line
 
 
+def test_peft_lora_embedding() -> None:
+    model: Any = with_lora(tiny_llama(), target_modules=["embed_tokens"])
+    layer = model.base_model.model.model.embed_tokens
+    for name in ("base_layer", "lora_embedding_A", "lora_embedding_B", "scaling", "lora_variant",
+                 "tp_layer", "active_adapters", "disable_adapters", "merged"):  # fmt: skip
+        assert hasattr(layer, name), name
+    assert layer._get_embed_scale() is None
+    forward, embed = (inspect.getsource(f) for f in (type(layer).forward, type(layer)._embed))
+    # The lines whose meaning lora_embedding reproduces.
+    for line in (
+        "result = self.base_layer(x, *args, **kwargs)",
+        "embedding_A = self.lora_embedding_A[active_adapter].T",
+        "adapter_output = (after_A @ embedding_B) * scaling",
+        "adapter_output = adapter_output * embed_scale.to(adapter_output.dtype)",
+        "result = result + adapter_output",
+        "result = result.to(torch_result_dtype)",
+    ):
+        assert line in forward, line
+    assert "lora_dropout" not in forward
+    for line in ("padding_idx=base_layer.padding_idx", "max_norm=base_layer.max_norm",
+                 "scale_grad_by_freq=base_layer.scale_grad_by_freq"):  # fmt: skip
+        assert line in embed, line
+
+
 def test_peft_ia3_linear() -> None:
     from peft import IA3Config, get_peft_model
 
