@@ -189,3 +189,26 @@ def test_trainer_saves_and_loads_checkpoints_by_these_names() -> None:
     assert "self._load_best_model()" in inspect.getsource(Trainer)
     assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(Trainer)
     assert "state.best_model_checkpoint" in inspect.getsource(Trainer._load_best_model)
+
+
+def test_triton_s_hooks_around_a_compilation() -> None:
+    """tests/patching/test_warmup.py calls them; here is what integrations/triton.py relies on."""
+    triton = pytest.importorskip("triton")
+    knobs, JITFunction = triton.knobs, triton.JITFunction
+    assert hasattr(knobs.runtime, "jit_cache_hook")
+    assert hasattr(knobs.runtime, "jit_post_compile_hook")
+    assert hasattr(knobs.compilation, "listener") and isinstance(knobs.cache.dir, str)
+    source = inspect.getsource(JITFunction._do_compile)
+    before, compiled, after = (
+        source.index(text)
+        for text in (
+            "_call_hook(knobs.runtime.jit_cache_hook",
+            "kernel = self.compile(src",
+            "self._call_hook(knobs.runtime.jit_post_compile_hook, key, signature, target, device, "
+            "constexprs, options,\n                            [attrs], warmup)",
+        )
+    )
+    assert before < compiled < after
+    # A true value means that the kernel is not compiled.
+    assert "warmup):\n            return None" in source
+    assert "cache_hit=True" in inspect.getsource(triton.compiler.compiler.compile)
