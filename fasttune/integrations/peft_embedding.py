@@ -17,10 +17,6 @@ from fasttune.integrations import peft
 from fasttune.ops import LoraBranch
 from fasttune.reason import Reason
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_RANK = 256  # of every backend of lora_linear
-_PLAIN = (Tensor, nn.Parameter)
-
 
 def is_embedding(layer_class: type[nn.Module]) -> bool:
     """True for exactly PEFT's LoRA Embedding."""
@@ -79,15 +75,15 @@ def _why_factors(layer: Any, ids: Tensor) -> Reason | None:
     dtypes = set()
     for name in names:
         a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        if type(a) not in _PLAIN or type(b) not in _PLAIN:
+        if not peft.plain(a) or not peft.plain(b):
             return Reason("adapter weights are sharded")
-        if a.dtype not in _FLOATS or a.dtype != b.dtype:
+        if a.dtype not in peft.FLOATS or a.dtype != b.dtype:
             return Reason(f"adapter is {a.dtype} / {b.dtype}")
         if a.device != ids.device or b.device != ids.device:
             return Reason(f"adapter on {a.device}, input on {ids.device}")
-        if a.shape[0] > _LARGEST_RANK:
-            return Reason(f"rank {a.shape[0]} is above {_LARGEST_RANK}")
-        for scale in (layer.scaling[name], layer._get_embed_scale()):
+        if a.shape[0] > peft.LARGEST_RANK:
+            return Reason(f"rank {a.shape[0]} is above {peft.LARGEST_RANK}")
+        for scale in (layer.scaling[name], peft.embedding_scale(layer)):
             if isinstance(scale, Tensor) and (scale.requires_grad or scale.device != ids.device):
                 return Reason("scaling is a trained or remote tensor")
         dtypes.add(a.dtype)
@@ -101,7 +97,7 @@ def active(layer: Any) -> list[str]:
 
 def branches(layer: Any) -> tuple[LoraBranch, ...]:
     """The active adapters, each with its scaling times that of the embedding (Gemma's)."""
-    scale: Tensor | None = layer._get_embed_scale()
+    scale = peft.embedding_scale(layer)
     return tuple(
         LoraBranch(
             layer.lora_embedding_A[name],

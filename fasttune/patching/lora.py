@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft, peft_embedding, peft_experts, peft_ia3
+from fasttune.integrations import (
+    peft,
+    peft_dora,
+    peft_embedding,
+    peft_experts,
+    peft_ia3,
+    peft_linear,
+)
 from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
@@ -42,7 +49,7 @@ def patch_layers(session: Session) -> None:
         if peft_experts.is_wrapper(layer):  # of a parameter: experts.py
             continue
         original = swap.original_class(layer)
-        linear = peft.is_linear_like(original)
+        linear = peft_linear.is_linear_like(original)
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
         elif not linear and not peft_embedding.is_embedding(original):
@@ -65,7 +72,7 @@ def patch_layers(session: Session) -> None:
 
 
 def _static_reason(layer: nn.Module, linear: bool) -> Reason | None:
-    return peft.static_reason(layer) if linear else peft_embedding.static_reason(layer)
+    return peft_linear.static_reason(layer) if linear else peft_embedding.static_reason(layer)
 
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -89,10 +96,10 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
             state.note_fused(record, state.backend_of(fetched) or record.backend, 0)
             return fetched
     reason = _why_original(layer, x, args, kwargs)
-    if reason is None and (adapter := peft.dora_adapter(layer)) is not None:
+    if reason is None and (adapter := peft_dora.adapter_of(layer)) is not None:
         return _fused_dora(layer, x, adapter)
     if reason is None:
-        projection = peft.projection(layer, x)
+        projection = peft_linear.projection(layer, x)
         reason = _why_base_output(x, projection.base)
         if reason is None:
             return _fused(layer, x, projection)
@@ -118,21 +125,21 @@ def _as_member(layer: Any, x: Any) -> LoraProjection | None:
     if reason is not None and reason.text != peft.NO_ADAPTER:
         return None
     weight = peft.plain_weight(layer)
-    if weight is None or peft.dora_adapter(layer) is not None:
+    if weight is None or peft_dora.adapter_of(layer) is not None:
         return None
-    branches = peft.branches(layer) if reason is None else ()
+    branches = peft_linear.branches(layer) if reason is None else ()
     return LoraProjection(weight, layer.base_layer.bias, branches)
 
 
 def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
-    (branch,) = peft.branches(layer)
+    (branch,) = peft_linear.branches(layer)
     weight = peft.plain_weight(layer)
     assert weight is not None and isinstance(branch.scaling, float | int)
     y = apply_dora(
-        x, weight, branch.a, branch.b, peft.magnitude(layer, adapter),
+        x, weight, branch.a, branch.b, peft_dora.magnitude(layer, adapter),
         _torch.autocast_dtype(x.device.type) or x.dtype,
         bias=layer.base_layer.bias, scaling=branch.scaling, dropout_p=branch.dropout_p,
-        second_product=peft.has_dropout(layer, adapter) and layer.training,
+        second_product=peft_dora.has_dropout(layer, adapter) and layer.training,
     )  # fmt: skip
     state.note_output(state.of(layer, KIND), y)
     return y
@@ -142,17 +149,17 @@ def _why_original(
     layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
     # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
-    dora = peft.dora_adapter(layer)
+    dora = peft_dora.adapter_of(layer)
     if dora is None and type(x) is Tensor and x.dim() and lora_too_small(x, layer.out_features):
         return _TOO_SMALL
-    reason = peft.why_original(layer, x, args, kwargs)
+    reason = peft_linear.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
     if dora is not None:
-        reason = peft.why_dora_original(layer, dora, x)
+        reason = peft_dora.why_original(layer, dora, x)
         if reason is not None:
             return reason
-    elif lora_not_faster(x, layer.out_features, peft.branches(layer)):
+    elif lora_not_faster(x, layer.out_features, peft_linear.branches(layer)):
         return _TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)

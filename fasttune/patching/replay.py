@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasttune import _registry, _torch
 from fasttune.errors import VerificationError
-from fasttune.integrations import peft, peft_embedding, peft_ia3
+from fasttune.integrations import peft, peft_dora, peft_embedding, peft_ia3, peft_linear
 from fasttune.ops import LoraProjection, _dropout
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
@@ -115,11 +115,11 @@ def _is_ours(node: Any) -> bool:
 def _lora_variants(layer: Any, x: Tensor) -> Variants:
     if peft_embedding.is_embedding(swap.original_class(layer)):
         return lora_embedding.variants(layer, x)
-    adapter = peft.dora_adapter(layer)
+    adapter = peft_dora.adapter_of(layer)
     if adapter is not None:
         return _dora_variants(layer, adapter, x)
     with torch.no_grad(), swap.stock():  # an opaque base runs once more, and stays fixed
-        projection = peft.projection(layer, x)
+        projection = peft_linear.projection(layer, x)
     seed = _dropout.draw_seed(x.device)
     leaves = dict(_trained(projection))
     names = list(leaves)
@@ -138,12 +138,12 @@ def _lora_variants(layer: Any, x: Tensor) -> Variants:
 
 
 def _dora_variants(layer: Any, adapter: str, x: Tensor) -> Variants:
-    (branch,) = peft.branches(layer)
+    (branch,) = peft_linear.branches(layer)
     everything = {
         "weight": peft.plain_weight(layer),
         "lora_A": branch.a,
         "lora_B": branch.b,
-        "lora_magnitude_vector": peft.magnitude(layer, adapter),
+        "lora_magnitude_vector": peft_dora.magnitude(layer, adapter),
         "bias": layer.base_layer.bias,
     }
     leaves = {n: t for n, t in everything.items() if t is not None and t.requires_grad}
@@ -155,7 +155,7 @@ def _dora_variants(layer: Any, adapter: str, x: Tensor) -> Variants:
         "seed": seed,
     }
 
-    second = peft.has_dropout(layer, adapter) and layer.training
+    second = peft_dora.has_dropout(layer, adapter) and layer.training
 
     def with_leaves(values: Sequence[Tensor]) -> list[Any]:
         return list({**everything, **dict(zip(leaves, values, strict=True))}.values())
