@@ -80,6 +80,62 @@ def test_peft_lora_embedding() -> None:
         assert line in embed, line
 
 
+def test_peft_dora() -> None:
+    model: Any = with_lora(tiny_llama(), target_modules=["q_proj"], use_dora=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    variant, magnitude = layer.lora_variant["default"], layer.lora_magnitude_vector["default"]
+    assert type(variant).__module__ == "peft.tuners.lora.variants"
+    assert type(variant).__name__ == "DoraLinearVariant"
+    assert magnitude.weight.shape == (64,)
+    # The lines whose meaning dora_linear reproduces.
+    for function, line in (
+        (magnitude.get_weight_norm, "weight_norm = torch.linalg.norm(weight, dim=1)"),
+        (magnitude.forward, "weight_norm = weight_norm.detach()"),
+        (magnitude.forward, "mag_norm_scale = (magnitude / weight_norm).view(1, -1)"),
+        (magnitude.forward, "(mag_norm_scale - 1) * base_result + mag_norm_scale * lora_result"),
+        (variant.forward, "if isinstance(dropout, nn.Identity) or not module.training:"),
+    ):
+        assert line in inspect.getsource(function), line
+
+
+def test_peft_trainable_tokens() -> None:
+    indices = {"embed_tokens": [3, 5]}
+    model: Any = with_lora(tiny_llama(), target_modules=["q_proj"], trainable_token_indices=indices)
+    wrapper = model.base_model.model.model.embed_tokens
+    layer = wrapper.token_adapter
+    for name in ("base_layer", "active_adapters", "disable_adapters", "merged"):
+        assert hasattr(layer, name), name
+    assert layer.token_indices["default"] == [3, 5]
+    assert layer.trainable_tokens_delta["default"].shape == (2, 64)
+    # The lines whose meaning embedding_with_rows and linear_with_rows reproduce.
+    for function, line in (
+        (layer.get_merged_weights, "deltas = self.trainable_tokens_delta[adapter_name].to(W)"),
+        (layer.get_merged_weights, "W = W.index_copy(dim=0, index=index, source=deltas)"),
+        (layer.forward_adapters, "result = result * embed_scale.to(result.dtype)"),
+    ):
+        assert line in inspect.getsource(function), line
+
+
+def test_peft_mixed_batches_and_copies_of_modules() -> None:
+    from fasttune.integrations import peft_mixed
+
+    model: Any = with_lora(
+        tiny_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"],
+        trainable_token_indices=[3],
+    )  # fmt: skip
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    source = inspect.getsource(type(layer)._mixed_batch_forward)
+    assert f'if active_adapter == "{peft_mixed.BASE}":' in source
+    with pytest.raises(ValueError, match="adapter_names"):
+        peft_mixed.check_forward_args(layer, torch.ones(2, 64), (), {"adapter_names": ["default"]})
+    copies = dict(peft_mixed.copies_of_modules(model))
+    assert {name.rpartition(".")[2] for name in copies} == {"lm_head", "embed_tokens"}
+    assert all(adapters == {"default"} for adapters in copies.values())
+    head = model.base_model.model.lm_head
+    for name in ("original_module", "modules_to_save", "active_adapters", "disable_adapters"):
+        assert hasattr(head, name), name
+
+
 def test_peft_ia3_linear() -> None:
     from peft import IA3Config, get_peft_model
 
