@@ -17,6 +17,7 @@ from fasttune.patching import (
     report,
     unpatch,
     verify,
+    warmup,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "unpatch",
     "use_backend",
     "verify",
+    "warmup",
 ]
 
 

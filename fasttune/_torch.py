@@ -48,6 +48,11 @@ def after_backward(function: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
+def acts_on_gradient(parameter: Tensor) -> bool:
+    """True if something runs as soon as the parameter's gradient is complete, inside backward."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     """True if every tensor is a plain Tensor or Parameter with real storage."""
     return all(t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors)

@@ -19,9 +19,6 @@ from fasttune.integrations import peft
 from fasttune.ops.lora_experts import LowRank
 from fasttune.reason import Reason
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_RANK = 256  # of every backend of lora_linear
-
 
 def is_wrapper(layer: nn.Module) -> bool:
     """True for PEFT's wrapper of an adapted parameter."""
@@ -104,9 +101,9 @@ def why_original(layer: nn.Module) -> Reason | None:
 
 
 def _why_parameter(wrapper: Any, parameter: Tensor | None) -> Reason | None:
-    if parameter is None or not _plain(parameter):
+    if parameter is None or not peft.plain(parameter):
         return Reason(f"{wrapper.parameter_name} is sharded or offloaded")
-    if parameter.dtype not in _FLOATS:
+    if parameter.dtype not in peft.FLOATS:
         return Reason(f"{wrapper.parameter_name} is {parameter.dtype}")
     if parameter.dim() != 3 or len(parameter) != wrapper.num_experts or wrapper.num_experts < 2:
         return Reason(f"{wrapper.parameter_name} of shape {tuple(parameter.shape)} is no stack")
@@ -124,9 +121,9 @@ def _why_adapter(wrapper: Any, adapter: str, device: torch.device) -> Reason | N
         if type(factor) is not nn.Linear:
             return Reason(f"lora_A is {type(factor).__name__}, not nn.Linear")
         weight = factor._parameters.get("weight")
-        if weight is None or not _plain(weight):
+        if weight is None or not peft.plain(weight):
             return Reason("adapter weights are sharded")
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in peft.FLOATS:
             return Reason(f"adapter is {weight.dtype}")
         if weight.device != device:
             return Reason(f"adapter on {weight.device}, {wrapper.parameter_name} on {device}")
@@ -136,8 +133,4 @@ def _why_adapter(wrapper: Any, adapter: str, device: torch.device) -> Reason | N
     ):
         return Reason("scaling is a trained or remote tensor")
     rank = wrapper.lora_A[adapter].weight.shape[0] // wrapper.num_experts
-    return Reason(f"rank {rank} is above {_LARGEST_RANK}") if rank > _LARGEST_RANK else None
-
-
-def _plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter)
+    return Reason(f"rank {rank} is above {peft.LARGEST_RANK}") if rank > peft.LARGEST_RANK else None

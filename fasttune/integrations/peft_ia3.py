@@ -17,8 +17,6 @@ from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.reason import Reason
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def ia3_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every (IA)^3 layer of any type in the model."""
@@ -81,7 +79,7 @@ def why_original(layer: Any, x: Tensor) -> Reason | None:
     for vector in vectors.values():
         if type(vector) not in (Tensor, nn.Parameter):
             return Reason("adapter weights are sharded")
-        if vector.dtype not in _FLOATS or vector.device != x.device:
+        if vector.dtype not in peft.FLOATS or vector.device != x.device:
             return Reason(f"adapter is {vector.dtype} on {vector.device}, input on {x.device}")
         if vector.dtype != first.dtype:
             return Reason("active adapters differ in dtype")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fasttune import _torch
-from fasttune.integrations import peft
+from fasttune.integrations import peft, peft_linear
 from fasttune.ops import LoraBranch, LoraProjection
 from fasttune.reason import Reason
 
@@ -78,7 +78,7 @@ def why_original(layer: Any, x: Tensor) -> Reason | None:
         return Reason("adapters are merged", expected=True)
     if torch_module._has_any_global_hook():
         return Reason("a global module hook is registered")
-    return peft.why_base(layer, x) or _why_adapters(layer, x)
+    return peft_linear.why_base(layer, x) or _why_adapters(layer, x)
 
 
 def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
@@ -87,7 +87,7 @@ def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
         tensors = _tensors(layer, adapter)
         a, b = tensors[:2]
         dropout = dropouts(layer)[adapter]
-        reason = peft.why_tensors(tensors, x) or peft.why_dropout(dropout)
+        reason = peft_linear.why_tensors(tensors, x) or peft_linear.why_dropout(dropout)
         if reason is not None:
             return reason
         if peft.hooked(dropout):
@@ -143,7 +143,7 @@ def branches(layer: Any) -> tuple[LoraBranch, ...]:
 
 def _branch(layer: Any, adapter: str) -> LoraBranch:
     a, b, rank_scale, last = _tensors(layer, adapter)
-    p = peft.dropout_p(dropouts(layer)[adapter])
+    p = peft_linear.dropout_p(dropouts(layer)[adapter])
     if _is_vera(layer):
         a, b = a[:, : layer.in_features], b[: layer.out_features]
         return LoraBranch(a, b, 1.0, None, p, rank_scale=rank_scale, out_scale=last)

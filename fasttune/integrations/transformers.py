@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -159,3 +160,20 @@ def instance_forward_owner(model: nn.Module) -> str | None:
     function = getattr(forward, "__func__", forward)
     namespace = getattr(function, "__globals__", {})
     return str(namespace.get("__name__", "another library")).split(".")[0]
+
+
+_STAND_IN_TOKENS = 512
+
+
+def stand_in_batch(model: nn.Module) -> dict[str, Tensor] | None:
+    """Two sequences of tokens with labels for a model with a language head; None for any other."""
+    found = next((inner for _, inner in models_with_head(model)), None)
+    if found is None:
+        return None
+    embedding = cast("Any", found).get_input_embeddings()
+    config = cast("Any", found).config.get_text_config()
+    # Half of them: some count positions from beyond the padding token.
+    longest = (getattr(config, "max_position_embeddings", None) or 2 * _STAND_IN_TOKENS) // 2
+    tokens = torch.arange(2 * min(_STAND_IN_TOKENS, longest), device=embedding.weight.device)
+    ids = tokens.remainder(config.vocab_size).view(2, -1)
+    return {"input_ids": ids, "labels": ids.clone()}

@@ -12,6 +12,7 @@ from fasttune.ops.ia3_scale import ia3_scale
 from fasttune.ops.layer_norm import add_layer_norm, layer_norm
 from fasttune.ops.linear_cross_entropy import TokenStats, linear_cross_entropy
 from fasttune.ops.linear_log_probs import linear_log_probs
+from fasttune.ops.lora_embedding import lora_embedding
 from fasttune.ops.lora_linear import LoraBranch, LoraProjection, lora_linear, lora_linear_group
 from fasttune.ops.lora_segmented import lora_segmented
 from fasttune.ops.reft import reft
@@ -40,6 +41,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_probs",
     "linear_with_rows",
+    "lora_embedding",
     "lora_linear",
     "lora_linear_group",
     "lora_segmented",

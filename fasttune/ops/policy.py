@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasttune import _native, _registry, _torch
 from fasttune.ops import _triton
+from fasttune.ops.lora_linear import LoraBranch
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Limits:
         lora_16bit, lora_fp32, lora_autocast: the same without dropout, where PEFT runs few
             kernels. The branch stays in the adapter's dtype under autocast, where torch rounds it
             to 16 bits: least is gained there.
+        lora_embedding: output of a LoRA embedding and factors A, whose gradients are dense.
         kernels: input of a norm that is several kernels of torch.
         one_kernel: input of a module that is one kernel of torch already.
         one_kernel_cuda: the same on a GPU, where the host takes 0.1 ms longer for our layer norm on
@@ -45,6 +47,7 @@ class Limits:
     lora_16bit: int = 1 << 19
     lora_fp32: int = 1 << 20
     lora_autocast: int = 1 << 21
+    lora_embedding: int = 1 << 18
     kernels: int = 1 << 15
     one_kernel: int = 1 << 18
     one_kernel_cuda: int = 1 << 24
@@ -97,6 +100,14 @@ def lora_not_faster(x: Tensor, outputs: int, dropouts: Sequence[float]) -> bool:
 def vera_not_faster(x: Tensor, ranks: Sequence[int]) -> bool:
     """True if PEFT's own forward is faster for VeRA of these ranks, whatever the size of x."""
     return x.is_cpu and max(ranks) > limits.vera_rank and _registry.forced_backend() is None
+
+
+def lora_embedding_not_faster(ids: Tensor, branches: Sequence[LoraBranch]) -> bool:
+    """True if PEFT's own forward is faster for these branches on an embedding."""
+    if not ids.is_cpu:
+        return False
+    elements = ids.numel() * branches[0].b.shape[0] + sum(branch.a.numel() for branch in branches)
+    return elements < limits.lora_embedding and _registry.forced_backend() is None
 
 
 def _elements(x: Tensor, outputs: int) -> int:

@@ -5,12 +5,14 @@ from fasttune.patching.engine import is_patched, patch, unpatch
 from fasttune.patching.mixed import mixed_adapters
 from fasttune.patching.report import Explanation, Report, explain, report
 from fasttune.patching.verify import Verification, verify
+from fasttune.patching.warmup import WarmUp, warmup
 
 __all__ = [
     "Comparison",
     "Explanation",
     "Report",
     "Verification",
+    "WarmUp",
     "compare",
     "explain",
     "is_patched",
@@ -19,4 +21,5 @@ __all__ = [
     "report",
     "unpatch",
     "verify",
+    "warmup",
 ]

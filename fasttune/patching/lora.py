@@ -1,4 +1,4 @@
-"""The fused forward of PEFT's LoRA Linear."""
+"""The fused forward of PEFT's LoRA layers: Linear here, Embedding in lora_embedding.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft, peft_experts, peft_ia3, peft_lowrank
+from fasttune.integrations import (
+    peft,
+    peft_dora,
+    peft_embedding,
+    peft_experts,
+    peft_ia3,
+    peft_linear,
+    peft_lowrank,
+)
 from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
@@ -18,7 +26,15 @@ from fasttune.ops.policy import (
     lora_not_faster,
     lora_too_small,
 )
-from fasttune.patching import assignment, groups, guard, mixed_layer, state, swap
+from fasttune.patching import (
+    assignment,
+    groups,
+    guard,
+    lora_embedding,
+    mixed_layer,
+    state,
+    swap,
+)
 from fasttune.patching.guard import FLOATS
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
@@ -28,24 +44,25 @@ _TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
-    """Swap every LoRA Linear of the model; the other PEFT layers are named in the report."""
+    """Swap every LoRA Linear and Embedding; the other PEFT layers are named in the report."""
     families: dict[str, list[nn.Module]] = {}
     for name, layer in peft.lora_layers(session.model):
         # Of a parameter: experts.py; of AdaLoRA: lowrank.py.
         if peft_experts.is_wrapper(layer) or peft_lowrank.is_lowrank(layer):
             continue
+        original = swap.original_class(layer)
+        linear = peft_linear.is_linear_like(original)
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
-        elif not peft.is_linear_like(swap.original_class(layer)):
-            title = swap.original_class(layer).__name__
-            session.skip(KIND, name, f"LoRA on {title} is not fused yet")
+        elif not linear and not peft_embedding.is_embedding(original):
+            session.skip(KIND, name, f"LoRA on {original.__name__} is not fused yet")
         elif KIND in swap.kinds_of(layer):
             state.of(layer, KIND).strict = session.strict
-        elif (reason := peft.static_reason(layer)) is not None:
+        elif (reason := _static_reason(layer, linear)) is not None:
             session.skip(KIND, name, reason.text)
         elif not session.refuse(KIND, name, layer):
             session.swap(layer, name, KIND)
-        if KIND in swap.kinds_of(layer):
+        if linear and KIND in swap.kinds_of(layer):
             families.setdefault(name.rpartition(".")[0], []).append(layer)
     if session.groups:
         groups.register(families.values())
@@ -54,6 +71,10 @@ def patch_layers(session: Session) -> None:
     for name, layer in peft.other_tuner_layers(session.model):
         if not (peft_ia3.is_ia3(layer) or peft_lowrank.is_lowrank(layer)):  # kinds of their own
             session.skip(KIND, name, f"PEFT's {peft.method_of(layer)} is not fused")
+
+
+def _static_reason(layer: nn.Module, linear: bool) -> Reason | None:
+    return peft_linear.static_reason(layer) if linear else peft_embedding.static_reason(layer)
 
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -77,10 +98,10 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
             state.note_fused(record, state.backend_of(fetched) or record.backend, 0)
             return fetched
     reason = _why_original(layer, x, args, kwargs)
-    if reason is None and (adapter := peft.dora_adapter(layer)) is not None:
+    if reason is None and (adapter := peft_dora.adapter_of(layer)) is not None:
         return _fused_dora(layer, x, adapter)
     if reason is None:
-        projection = peft.projection(layer, x)
+        projection = peft_linear.projection(layer, x)
         reason = why_base_output(x, projection.base)
         if reason is None:
             return _fused(layer, x, projection)
@@ -106,21 +127,21 @@ def _as_member(layer: Any, x: Any) -> LoraProjection | None:
     if reason is not None and reason.text != peft.NO_ADAPTER:
         return None
     weight = peft.plain_weight(layer)
-    if weight is None or peft.dora_adapter(layer) is not None:
+    if weight is None or peft_dora.adapter_of(layer) is not None:
         return None
-    branches = peft.branches(layer) if reason is None else ()
+    branches = peft_linear.branches(layer) if reason is None else ()
     return LoraProjection(weight, layer.base_layer.bias, branches)
 
 
 def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
-    (branch,) = peft.branches(layer)
+    (branch,) = peft_linear.branches(layer)
     weight = peft.plain_weight(layer)
     assert weight is not None and isinstance(branch.scaling, float | int)
     y = apply_dora(
-        x, weight, branch.a, branch.b, peft.magnitude(layer, adapter),
+        x, weight, branch.a, branch.b, peft_dora.magnitude(layer, adapter),
         _torch.autocast_dtype(x.device.type) or x.dtype,
         bias=layer.base_layer.bias, scaling=branch.scaling, dropout_p=branch.dropout_p,
-        second_product=peft.has_dropout(layer, adapter) and layer.training,
+        second_product=peft_dora.has_dropout(layer, adapter) and layer.training,
     )  # fmt: skip
     state.note_output(state.of(layer, KIND), y)
     return y
@@ -130,17 +151,17 @@ def _why_original(
     layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
     # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
-    dora = peft.dora_adapter(layer)
+    dora = peft_dora.adapter_of(layer)
     if dora is None and type(x) is Tensor and x.dim() and lora_too_small(x, layer.out_features):
         return _TOO_SMALL
-    reason = peft.why_original(layer, x, args, kwargs)
+    reason = peft_linear.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
     if dora is not None:
-        reason = peft.why_dora_original(layer, dora, x)
+        reason = peft_dora.why_original(layer, dora, x)
         if reason is not None:
             return reason
-    elif lora_not_faster(x, layer.out_features, [b.dropout_p for b in peft.branches(layer)]):
+    elif lora_not_faster(x, layer.out_features, [b.dropout_p for b in peft_linear.branches(layer)]):
         return _TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)
@@ -160,4 +181,9 @@ def why_base_output(x: Tensor, base: Any) -> Reason | None:
     return None
 
 
+def _embedding_forward(layer: nn.Module, original: Any, ids: Any, *args: Any, **kwargs: Any) -> Any:
+    return lora_embedding.forward(layer, original, state.of(layer, KIND), ids, args, kwargs)
+
+
 swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _embedding_forward, class_name="Embedding")

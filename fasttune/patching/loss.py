@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft, transformers
+from fasttune.integrations import peft, peft_linear, transformers
 from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
 from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, loss_too_small
@@ -158,7 +158,7 @@ def _warn_of_new_adapters(model: nn.Module) -> None:
     missed = [
         name
         for name, layer in peft.lora_layers(model)
-        if peft.is_linear(swap.original_class(layer)) and not swap.kinds_of(layer)
+        if peft_linear.is_linear(swap.original_class(layer)) and not swap.kinds_of(layer)
     ]
     if missed and state.on_first_rank():
         state.logger.warning(
@@ -200,7 +200,7 @@ def snapshot(head: nn.Module) -> Snapshot:
         module = peft.saved_module(module)
         facts.append(id(module))
     tensors: list[Tensor] = []
-    if peft.loaded() and peft.is_linear(swap.original_class(module)):
+    if peft.loaded() and peft_linear.is_linear(swap.original_class(module)):
         facts += [module.disable_adapters, module.merged]
         for adapter in peft.active(module):
             scaling = module.scaling[adapter]
@@ -223,10 +223,12 @@ def why_head_original(head: nn.Module) -> Reason | None:
             return Reason("several modules_to_save are active on the head")
         if peft.hooked(module):
             return Reason("a hook on the output head")
-    if peft.loaded() and peft.is_linear(swap.original_class(module)):
+    if peft.loaded() and peft_linear.is_linear(swap.original_class(module)):
         if assignment.names_of(module) is not None:
             return Reason("a mixed batch on the output head", expected=True)
-        reason = None if module.disable_adapters or module.merged else peft.why_factors(module)
+        reason = (
+            None if module.disable_adapters or module.merged else peft_linear.why_factors(module)
+        )
         if reason is not None:
             return reason
         module = module.base_layer
@@ -248,9 +250,9 @@ def effective_head(head: nn.Module) -> tuple[Tensor, Tensor | None, list[LoraBra
     if peft.is_modules_to_save(module):
         module = peft.saved_module(module)
     branches: list[LoraBranch] = []
-    if peft.loaded() and peft.is_linear(swap.original_class(module)):
+    if peft.loaded() and peft_linear.is_linear(swap.original_class(module)):
         if not module.disable_adapters and not module.merged:
-            branches = list(peft.branches(module))
+            branches = list(peft_linear.branches(module))
         module = module.base_layer
     bias = module.bias
     for branch in branches:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fasttune.errors import PatchError
-from fasttune.integrations import peft
+from fasttune.integrations import peft, peft_linear, peft_mixed
 from fasttune.patching import assignment, lora, swap
 
 
@@ -46,8 +46,8 @@ def mixed_adapters(
     Semantics: ``adapter_names`` of PEFT 0.21, which is for inference only.
     """
     given = _checked_names(names)
-    layers = _checked_layers(model, set(given) - {peft.BASE})
-    _check_whole_batch_modules(model, layers, set(given) - {peft.BASE})
+    layers = _checked_layers(model, set(given) - {peft_mixed.BASE})
+    _check_whole_batch_modules(model, layers, set(given) - {peft_mixed.BASE})
     if model.training and torch.is_grad_enabled():
         _check_trained(layers, given, frozen)
     with (
@@ -77,7 +77,7 @@ def _checked_layers(model: nn.Module, wanted: set[str]) -> _Layers:
     layers = [(name, layer) for name, layer in found if lora.KIND in swap.kinds_of(layer)]
     if not layers:
         raise PatchError("model: no patched LoRA layer; call fasttune.patch(model) first")
-    known = set().union(*(peft.adapters_of(layer) for _, layer in found))
+    known = set().union(*(peft_mixed.adapters_of(layer) for _, layer in found))
     if unknown := sorted(wanted - known):
         raise ValueError(f"names: no adapter {unknown[0]!r} in the model; it has {sorted(known)}")
     if any(module._compiled_call_impl is not None for module in model.modules()) or hasattr(
@@ -93,21 +93,21 @@ def _checked_layers(model: nn.Module, wanted: set[str]) -> _Layers:
 
 def _why_not(layer: nn.Module, wanted: set[str]) -> str | None:
     """Why a LoRA layer cannot give each sample its own adapter; None if it can or need not."""
-    own = peft.adapters_of(layer)
+    own = peft_mixed.adapters_of(layer)
     if peft.is_merged(layer):
         return "adapters are merged, call unmerge_adapter first"
     if not own & (wanted | peft.active_names(layer)):
         return None
     cls = swap.original_class(layer)
-    if not peft.is_linear(cls):
-        return f"LoRA on {cls.__name__} is not fused"
-    static = peft.static_reason(layer)
+    if not peft_linear.is_linear(cls):
+        return f"LoRA on {cls.__name__} has one adapter for all samples"
+    static = peft_linear.static_reason(layer)
     if static is not None:
         return static.text
     if lora.KIND not in swap.kinds_of(layer):
         return "fasttune.patch left it out"
     for adapter in sorted(own & wanted):
-        reason = peft.why_factors(layer, [adapter])
+        reason = peft_linear.why_factors(layer, [adapter])
         if reason is not None:
             return f"adapter {adapter!r}: {reason.text}"
     return None
@@ -116,7 +116,7 @@ def _why_not(layer: nn.Module, wanted: set[str]) -> str | None:
 def _check_whole_batch_modules(model: nn.Module, layers: _Layers, wanted: set[str]) -> None:
     """Raises for modules that serve one adapter at a time."""
     concerned = wanted.union(*(peft.active_names(layer) for _, layer in layers))
-    for name, adapters in peft.copies_of_modules(model):
+    for name, adapters in peft_mixed.copies_of_modules(model):
         if shared := sorted(adapters & concerned):
             raise PatchError(
                 f"model: {name} cannot run a mixed batch: modules_to_save or trainable tokens of "
@@ -130,9 +130,9 @@ def _check_whole_batch_modules(model: nn.Module, layers: _Layers, wanted: set[st
 
 def _check_trained(layers: _Layers, names: Sequence[str], frozen: Collection[str]) -> None:
     for adapter in dict.fromkeys(names):
-        if adapter == peft.BASE or adapter in frozen:
+        if adapter == peft_mixed.BASE or adapter in frozen:
             continue
-        if not any(peft.trains(layer, adapter) for _, layer in layers):
+        if not any(peft_mixed.trains(layer, adapter) for _, layer in layers):
             raise ValueError(
                 f"names: no parameter of adapter {adapter!r} requires a gradient; call "
                 f"model.set_requires_grad({adapter!r}), or pass frozen=[{adapter!r}]"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttune import _torch
 from fasttune.errors import PatchError
-from fasttune.integrations import peft
+from fasttune.integrations import peft, peft_mixed
 from fasttune.ops.lora_segmented import apply_segmented
 from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, lora_too_small
 from fasttune.patching import assignment, state
@@ -73,8 +73,8 @@ def _assigned(
         raise PatchError(f"{record.name}: adapters are merged, so that no batch can be mixed")
     if args or any(value is not None for value in kwargs.values()):
         raise PatchError(f"{record.name}: called with extra arguments in a mixed batch")
-    projection, own, rows_of = peft.mixed_branches(layer, names)
-    reason = peft.why_not_mixed(layer, x, own)
+    projection, own, rows_of = peft_mixed.projection(layer, names)
+    reason = peft_mixed.why_not(layer, x, own)
     if reason is not None:
         raise PatchError(f"{record.name}: no mixed batch: {reason.text}")
     if x.shape[0] != len(names):
@@ -94,7 +94,7 @@ def _adapter_names(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """PEFT's inference with several adapters: its errors, and our op where that is plain LoRA."""
-    peft.check_forward_args(layer, x, args, kwargs)
+    peft_mixed.check_forward_args(layer, x, args, kwargs)
     reason = None
     extra = [value for name, value in kwargs.items() if name != "adapter_names"]
     if peft.is_disabled(layer):
@@ -102,8 +102,8 @@ def _adapter_names(
     elif args or any(value is not None for value in extra):
         reason = Reason("called with extra arguments")
     else:
-        projection, own, rows_of = peft.mixed_branches(layer, kwargs["adapter_names"])
-        reason = peft.why_not_mixed(layer, x, own) or _why_not_faster(x, layer.out_features)
+        projection, own, rows_of = peft_mixed.projection(layer, kwargs["adapter_names"])
+        reason = peft_mixed.why_not(layer, x, own) or _why_not_faster(x, layer.out_features)
         if reason is None:
             return _segmented(record, x, projection, rows_of)
     state.note_fallback(record, reason)

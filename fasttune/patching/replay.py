@@ -12,15 +12,34 @@ from torch import Tensor, nn
 
 from fasttune import _registry, _torch
 from fasttune.errors import VerificationError
-from fasttune.integrations import peft, peft_ia3, peft_lowrank
+from fasttune.integrations import (
+    peft,
+    peft_dora,
+    peft_embedding,
+    peft_ia3,
+    peft_linear,
+    peft_lowrank,
+)
 from fasttune.ops import LoraProjection, _dropout
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.ia3_scale import apply_ia3_scale
 from fasttune.ops.lora_linear import apply_group
-from fasttune.patching import activation, ia3, lora, loss, lowrank, norm, probe, state, swap
+from fasttune.patching import (
+    activation,
+    ia3,
+    lora,
+    lora_embedding,
+    loss,
+    lowrank,
+    norm,
+    probe,
+    state,
+    swap,
+)
 from fasttune.patching.step import LossFn, run_loss
+from fasttune.patching.variants import Variants
 
 # Both sides make the same number of roundings, in another order: the maximum over many elements of
 # two samples of the
@@ -36,26 +55,6 @@ class LayerCheck:
     tensor: str
     error: float
     allowed: float
-
-
-@dataclass(frozen=True)
-class _Variants:
-    """One layer computed in three ways; each maps (x, leaves) to its output.
-
-    Attributes:
-        leaves: the trained parameters by name.
-        fused, stock: of the leaves in their dtypes.
-        truth: of fp64 copies of x and the leaves.
-        depth: terms of the longest sum in forward or backward.
-        x: what stands for the layer's input, if not that itself.
-    """
-
-    leaves: dict[str, Tensor]
-    fused: Callable[[Tensor, Sequence[Tensor]], Tensor]
-    stock: Callable[[Tensor, Sequence[Tensor]], Tensor]
-    truth: Callable[[Tensor, Sequence[Tensor]], Tensor]
-    depth: int
-    x: Tensor | None = None
 
 
 def check_layers(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> list[LayerCheck]:
@@ -121,16 +120,18 @@ def _is_ours(node: Any) -> bool:
 # ---------------------------------------------------------------------------- kinds
 
 
-def _lora_variants(layer: Any, x: Tensor) -> _Variants:
-    adapter = peft.dora_adapter(layer)
+def _lora_variants(layer: Any, x: Tensor) -> Variants:
+    if peft_embedding.is_embedding(swap.original_class(layer)):
+        return lora_embedding.variants(layer, x)
+    adapter = peft_dora.adapter_of(layer)
     if adapter is not None:
         return _dora_variants(layer, adapter, x)
     with torch.no_grad(), swap.stock():  # an opaque base runs once more, and stays fixed
-        projection = peft.projection(layer, x)
+        projection = peft_linear.projection(layer, x)
     return _projection_variants(layer, x, projection)
 
 
-def _lowrank_variants(layer: Any, x: Tensor) -> _Variants:
+def _lowrank_variants(layer: Any, x: Tensor) -> Variants:
     with torch.no_grad(), swap.stock():
         projection = peft_lowrank.projection(layer, x)
     # A scale may be computed from trained tensors: with gradients on, it counts as trained.
@@ -139,7 +140,7 @@ def _lowrank_variants(layer: Any, x: Tensor) -> _Variants:
     )
 
 
-def _projection_variants(layer: Any, x: Tensor, projection: LoraProjection) -> _Variants:
+def _projection_variants(layer: Any, x: Tensor, projection: LoraProjection) -> Variants:
     seed = _dropout.draw_seed(x.device)
     leaves = dict(_trained(projection))
     names = list(leaves)
@@ -148,7 +149,7 @@ def _projection_variants(layer: Any, x: Tensor, projection: LoraProjection) -> _
         return _replaced(projection, dict(zip(names, values, strict=True)))
 
     dtype = _torch.autocast_dtype(x.device.type) or x.dtype
-    return _Variants(
+    return Variants(
         leaves,
         fused=lambda x, v: apply_group(x, (with_leaves(v),), dtype, seed=seed)[0],
         stock=lambda x, v: _peft_formula(x, with_leaves(v), seed),
@@ -157,13 +158,13 @@ def _projection_variants(layer: Any, x: Tensor, projection: LoraProjection) -> _
     )
 
 
-def _dora_variants(layer: Any, adapter: str, x: Tensor) -> _Variants:
-    (branch,) = peft.branches(layer)
+def _dora_variants(layer: Any, adapter: str, x: Tensor) -> Variants:
+    (branch,) = peft_linear.branches(layer)
     everything = {
         "weight": peft.plain_weight(layer),
         "lora_A": branch.a,
         "lora_B": branch.b,
-        "lora_magnitude_vector": peft.magnitude(layer, adapter),
+        "lora_magnitude_vector": peft_dora.magnitude(layer, adapter),
         "bias": layer.base_layer.bias,
     }
     leaves = {n: t for n, t in everything.items() if t is not None and t.requires_grad}
@@ -175,7 +176,7 @@ def _dora_variants(layer: Any, adapter: str, x: Tensor) -> _Variants:
         "seed": seed,
     }
 
-    second = peft.has_dropout(layer, adapter) and layer.training
+    second = peft_dora.has_dropout(layer, adapter) and layer.training
 
     def with_leaves(values: Sequence[Tensor]) -> list[Any]:
         return list({**everything, **dict(zip(leaves, values, strict=True))}.values())
@@ -189,7 +190,7 @@ def _dora_variants(layer: Any, adapter: str, x: Tensor) -> _Variants:
         tensors: list[Any] = [None if t is None else t.double() for t in with_leaves(values)]
         return _dora_formula(x, *tensors, second=second, **facts)
 
-    return _Variants(
+    return Variants(
         leaves,
         fused=fused,
         stock=lambda x, v: _dora_formula(x, *with_leaves(v), second=second, **facts),
@@ -198,7 +199,7 @@ def _dora_variants(layer: Any, adapter: str, x: Tensor) -> _Variants:
     )
 
 
-def _norm_variants(layer: nn.Module, x: Tensor) -> _Variants:
+def _norm_variants(layer: nn.Module, x: Tensor) -> Variants:
     formula = state.of(layer, norm.KIND).plan
     everything = {n: p for n, p in layer._parameters.items() if p is not None}
     leaves: dict[str, Tensor] = {n: p for n, p in everything.items() if p.requires_grad}
@@ -214,7 +215,7 @@ def _norm_variants(layer: nn.Module, x: Tensor) -> _Variants:
         with _registry.use_backend("reference"):
             return norm.evaluate(twin(values, torch.float64), formula, x)
 
-    return _Variants(
+    return Variants(
         leaves,
         fused=lambda x, v: norm.evaluate(twin(v, None), formula, x),
         stock=lambda x, v: probe.run(twin(v, None), x),
@@ -223,10 +224,10 @@ def _norm_variants(layer: nn.Module, x: Tensor) -> _Variants:
     )
 
 
-def _activation_variants(layer: nn.Module, x: Tensor) -> _Variants:
+def _activation_variants(layer: nn.Module, x: Tensor) -> Variants:
     name = state.of(layer, activation.KIND).plan.name
     twin = probe.imitation(layer, training=True)
-    return _Variants(
+    return Variants(
         {},
         fused=lambda x, v: apply_bias_activation(x, None, activation=name),
         stock=lambda x, v: probe.run(twin, x),
@@ -235,7 +236,7 @@ def _activation_variants(layer: nn.Module, x: Tensor) -> _Variants:
     )
 
 
-def _ia3_variants(layer: Any, x: Tensor) -> _Variants | None:
+def _ia3_variants(layer: Any, x: Tensor) -> Variants | None:
     """Of the scale and, where it is applied to the input, the product behind it."""
     vectors = peft_ia3.active_vectors(layer)
     leaves = {name: vector for name, vector in vectors.items() if vector.requires_grad}
@@ -259,7 +260,7 @@ def _ia3_variants(layer: Any, x: Tensor) -> _Variants | None:
         return nn.functional.linear(scaled, *factors)  # type: ignore[arg-type]
 
     wide = torch.float64
-    return _Variants(
+    return Variants(
         {f"ia3_l[{name!r}]": vector for name, vector in leaves.items()},
         fused=lambda x, v: product(apply_ia3_scale(x, scale(v))),
         stock=lambda x, v: product((x * scale(v)).to(x.dtype)),
@@ -269,7 +270,7 @@ def _ia3_variants(layer: Any, x: Tensor) -> _Variants | None:
     )
 
 
-_VARIANTS: dict[str, Callable[[nn.Module, Tensor], _Variants | None]] = {
+_VARIANTS: dict[str, Callable[[nn.Module, Tensor], Variants | None]] = {
     lora.KIND: _lora_variants,
     lowrank.KIND: _lowrank_variants,
     ia3.KIND: _ia3_variants,
@@ -282,7 +283,7 @@ _VARIANTS: dict[str, Callable[[nn.Module, Tensor], _Variants | None]] = {
 
 
 def _replay(
-    name: str, x: Tensor, variants: _Variants, dy: Tensor, autocast: torch.dtype | None
+    name: str, x: Tensor, variants: Variants, dy: Tensor, autocast: torch.dtype | None
 ) -> list[LayerCheck]:
     names = ["output", "input gradient", *(f"gradient of {leaf}" for leaf in variants.leaves)]
     leaves = [leaf.detach() for leaf in variants.leaves.values()]

@@ -1,5 +1,5 @@
-"""One training step on the user's batch, and the model's state around it: shared by verify and
-compare."""
+"""One training step on the user's batch, and the model's state around it: shared by verify,
+compare and warmup."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttune import _torch
+from fasttune.errors import PatchError
 from fasttune.patching import groups, state
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -43,8 +45,18 @@ def run_loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restores random state, ``.grad``, buffers, train / eval mode and call records afterwards."""
+    """Restores random state, ``.grad``, buffers, train / eval mode and call records afterwards.
+
+    Raises:
+        PatchError: parameters are updated inside backward, so that a step would not leave them.
+    """
     modules, parameters = list(model.modules()), list(model.parameters())
+    for name, parameter in model.named_parameters():
+        if _torch.acts_on_gradient(parameter):
+            raise PatchError(
+                f"model: {name} has a hook that runs on its gradient inside backward, as an "
+                "optimizer that steps there has: remove it first (FusedBackward.remove())"
+            )
     modes = [module.training for module in modules]
     grads = [parameter.grad for parameter in parameters]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

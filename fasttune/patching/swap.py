@@ -39,17 +39,20 @@ def stock() -> Iterator[None]:
         _stock.active = previous
 
 
-_forwards: dict[str, Forward] = {}
+_forwards: dict[tuple[str, str], Forward] = {}
 _in_stock: set[str] = set()
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
-def register_kind(kind: str, forward: Forward, *, in_stock: bool = False) -> None:
-    """Name the forward of a kind of swap; names, not functions, travel in pickles.
+def register_kind(
+    kind: str, forward: Forward, *, class_name: str = "", in_stock: bool = False
+) -> None:
+    """Name the forward of a kind of swap, of classes of one name or of all others; names, not
+    functions, travel in pickles.
 
     ``in_stock``: without it the stock model cannot run, so :func:`stock` keeps it.
     """
-    _forwards[kind] = forward
+    _forwards[kind, class_name] = forward
     if in_stock:
         _in_stock.add(kind)
 
@@ -59,7 +62,8 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
     cached = _classes.get((original, kind))
     if cached is not None:
         return cached
-    fused, own = _forwards[kind], original.forward
+    fused = _forwards.get((kind, original.__name__)) or _forwards[kind, ""]
+    own = original.forward
 
     @functools.wraps(own)  # trainers read the signature of forward
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

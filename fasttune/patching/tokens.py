@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
-from fasttune.integrations import peft
+from fasttune.integrations import peft, peft_tokens
 from fasttune.ops.replaced_rows import embedding_with_rows, linear_with_rows
 from fasttune.patching import guard, state, swap
 from fasttune.patching.session import EXCLUDED, Session
@@ -19,7 +19,7 @@ KIND = "tokens"
 
 def patch_layers(session: Session) -> None:
     """Swap every layer of trainable tokens, the embedding's and that of a head tied to it."""
-    for name, layer in peft.trainable_token_layers(session.model):
+    for name, layer in peft_tokens.layers(session.model):
         if not session.chosen(name):
             session.skip(KIND, name, EXCLUDED)
         elif KIND in swap.kinds_of(layer):
@@ -34,7 +34,7 @@ def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> An
         if reason is not guard.COMPILED:
             state.note_fallback(state.of(layer, KIND), reason)
         return original(layer, x, *args, **kwargs)
-    plan = peft.token_rows(layer)
+    plan = peft_tokens.rows_and_indices(layer)
     base: Any = layer.base_layer
     if isinstance(base, nn.Embedding):
         y = embedding_with_rows(x, base.weight, *plan, padding_idx=base.padding_idx)
@@ -55,7 +55,7 @@ def _why_original(
         return guard.EXTRA
     if type(x) is not Tensor or _torch.in_functorch():
         return Reason(f"input is {type(x).__name__}, or it is called inside torch.func")
-    return peft.why_tokens_original(layer)
+    return peft_tokens.why_original(layer)
 
 
 swap.register_kind(KIND, _forward)

@@ -275,6 +275,40 @@ def _dora_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     return launches
 
 
+def _embedding_forward(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+) -> list[Launch]:
+    base, ids, scaling_tensors, _, b, _ = args
+    y, ts = result
+    launches: list[Launch] = []
+    for t, scale in zip(ts, scaling_tensors, strict=True):
+        launches.append(Launch("aten::index", _bytes(ids, t), _bytes(t)))
+        launches.append(Launch("aten::mul_", _bytes(t, scale), _bytes(t)))
+    return [*launches, Launch("fasttune::lora_up", _bytes(base, *ts, *b), _bytes(y))]
+
+
+def _embedding_backward(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+) -> list[Launch]:
+    dy, ids, _, a, b, *_, needs = args
+    need_a, need_b = needs[: len(a)], needs[len(a) :]
+    launches = _up_backward(dict.fromkeys(range(len(a)), dy), b, need_a, need_b)
+    for factor, flag in zip(a, need_a, strict=True):
+        if flag:
+            d = ids.numel() * factor.shape[0] * _FP32_BYTES
+            launches += [
+                Launch("aten::zeros_like", 0, _bytes(factor)),
+                Launch("aten::sort", _bytes(ids), 2 * _bytes(ids)),
+                Launch("aten::index", d + _bytes(ids), d),
+                Launch("aten::embedding_dense_backward", d + _bytes(ids), d),
+                Launch("aten::index", d + _bytes(ids), d),
+                Launch("aten::scatter_", d + _bytes(ids), d),
+            ]
+    return launches
+
+
+register_cost("fasttune::lora_embedding_fwd", _embedding_forward)
+register_cost("fasttune::lora_embedding_bwd", _embedding_backward)
 register_cost("fasttune::lora_linear_fwd", _forward)
 register_cost("fasttune::dora_linear_fwd", _dora_forward)
 register_cost("fasttune::dora_linear_bwd", _dora_backward)

@@ -85,9 +85,9 @@ WRONG = {
     "lora": (
         "import dataclasses\n"
         "import patched_models\n"
-        "from fasttune.integrations import peft\n"
-        "right = peft.branches\n"
-        "peft.branches = lambda layer: tuple(\n"
+        "from fasttune.integrations import peft_linear\n"
+        "right = peft_linear.branches\n"
+        "peft_linear.branches = lambda layer: tuple(\n"
         "    dataclasses.replace(branch, scaling=branch.scaling * 2) for branch in right(layer)\n"
         ")\n"
     ),

@@ -56,6 +56,86 @@ def test_peft_lora_linear() -> None:
         assert line in source, line
 
 
+def test_peft_lora_embedding() -> None:
+    model: Any = with_lora(tiny_llama(), target_modules=["embed_tokens"])
+    layer = model.base_model.model.model.embed_tokens
+    for name in ("base_layer", "lora_embedding_A", "lora_embedding_B", "scaling", "lora_variant",
+                 "tp_layer", "active_adapters", "disable_adapters", "merged"):  # fmt: skip
+        assert hasattr(layer, name), name
+    assert layer._get_embed_scale() is None
+    forward, embed = (inspect.getsource(f) for f in (type(layer).forward, type(layer)._embed))
+    # The lines whose meaning lora_embedding reproduces.
+    for line in (
+        "result = self.base_layer(x, *args, **kwargs)",
+        "embedding_A = self.lora_embedding_A[active_adapter].T",
+        "adapter_output = (after_A @ embedding_B) * scaling",
+        "adapter_output = adapter_output * embed_scale.to(adapter_output.dtype)",
+        "result = result + adapter_output",
+        "result = result.to(torch_result_dtype)",
+    ):
+        assert line in forward, line
+    assert "lora_dropout" not in forward
+    for line in ("padding_idx=base_layer.padding_idx", "max_norm=base_layer.max_norm",
+                 "scale_grad_by_freq=base_layer.scale_grad_by_freq"):  # fmt: skip
+        assert line in embed, line
+
+
+def test_peft_dora() -> None:
+    model: Any = with_lora(tiny_llama(), target_modules=["q_proj"], use_dora=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    variant, magnitude = layer.lora_variant["default"], layer.lora_magnitude_vector["default"]
+    assert type(variant).__module__ == "peft.tuners.lora.variants"
+    assert type(variant).__name__ == "DoraLinearVariant"
+    assert magnitude.weight.shape == (64,)
+    # The lines whose meaning dora_linear reproduces.
+    for function, line in (
+        (magnitude.get_weight_norm, "weight_norm = torch.linalg.norm(weight, dim=1)"),
+        (magnitude.forward, "weight_norm = weight_norm.detach()"),
+        (magnitude.forward, "mag_norm_scale = (magnitude / weight_norm).view(1, -1)"),
+        (magnitude.forward, "(mag_norm_scale - 1) * base_result + mag_norm_scale * lora_result"),
+        (variant.forward, "if isinstance(dropout, nn.Identity) or not module.training:"),
+    ):
+        assert line in inspect.getsource(function), line
+
+
+def test_peft_trainable_tokens() -> None:
+    indices = {"embed_tokens": [3, 5]}
+    model: Any = with_lora(tiny_llama(), target_modules=["q_proj"], trainable_token_indices=indices)
+    wrapper = model.base_model.model.model.embed_tokens
+    layer = wrapper.token_adapter
+    for name in ("base_layer", "active_adapters", "disable_adapters", "merged"):
+        assert hasattr(layer, name), name
+    assert layer.token_indices["default"] == [3, 5]
+    assert layer.trainable_tokens_delta["default"].shape == (2, 64)
+    # The lines whose meaning embedding_with_rows and linear_with_rows reproduce.
+    for function, line in (
+        (layer.get_merged_weights, "deltas = self.trainable_tokens_delta[adapter_name].to(W)"),
+        (layer.get_merged_weights, "W = W.index_copy(dim=0, index=index, source=deltas)"),
+        (layer.forward_adapters, "result = result * embed_scale.to(result.dtype)"),
+    ):
+        assert line in inspect.getsource(function), line
+
+
+def test_peft_mixed_batches_and_copies_of_modules() -> None:
+    from fasttune.integrations import peft_mixed
+
+    model: Any = with_lora(
+        tiny_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"],
+        trainable_token_indices=[3],
+    )  # fmt: skip
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    source = inspect.getsource(type(layer)._mixed_batch_forward)
+    assert f'if active_adapter == "{peft_mixed.BASE}":' in source
+    with pytest.raises(ValueError, match="adapter_names"):
+        peft_mixed.check_forward_args(layer, torch.ones(2, 64), (), {"adapter_names": ["default"]})
+    copies = dict(peft_mixed.copies_of_modules(model))
+    assert {name.rpartition(".")[2] for name in copies} == {"lm_head", "embed_tokens"}
+    assert all(adapters == {"default"} for adapters in copies.values())
+    head = model.base_model.model.lm_head
+    for name in ("original_module", "modules_to_save", "active_adapters", "disable_adapters"):
+        assert hasattr(head, name), name
+
+
 def test_peft_ia3_linear() -> None:
     from peft import IA3Config, get_peft_model
 
@@ -244,3 +324,26 @@ def test_transformers_checkpointed_layers_and_their_cache() -> None:
     assert cache.offloading is False and [type(each) for each in cache.layers] == [DynamicLayer]
     assert all(torch.equal(a, b) for a, b in zip((cache.layers[0].keys, cache.layers[0].values),
                                                  states, strict=True))  # fmt: skip
+
+
+def test_triton_s_hooks_around_a_compilation() -> None:
+    """tests/patching/test_warmup.py calls them; here is what integrations/triton.py relies on."""
+    triton = pytest.importorskip("triton")
+    knobs, JITFunction = triton.knobs, triton.JITFunction
+    assert hasattr(knobs.runtime, "jit_cache_hook")
+    assert hasattr(knobs.runtime, "jit_post_compile_hook")
+    assert hasattr(knobs.compilation, "listener") and isinstance(knobs.cache.dir, str)
+    source = inspect.getsource(JITFunction._do_compile)
+    before, compiled, after = (
+        source.index(text)
+        for text in (
+            "_call_hook(knobs.runtime.jit_cache_hook",
+            "kernel = self.compile(src",
+            "self._call_hook(knobs.runtime.jit_post_compile_hook, key, signature, target, device, "
+            "constexprs, options,\n                            [attrs], warmup)",
+        )
+    )
+    assert before < compiled < after
+    # A true value means that the kernel is not compiled.
+    assert "warmup):\n            return None" in source
+    assert "cache_hit=True" in inspect.getsource(triton.compiler.compiler.compile)

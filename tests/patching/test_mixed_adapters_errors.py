@@ -73,7 +73,7 @@ def test_unpatched_and_merged_models(make_model):
         ),
         (
             {"target_modules": ["q_proj", "embed_tokens"]},
-            "embed_tokens cannot run a mixed batch: LoRA on Embedding is not fused",
+            "embed_tokens cannot run a mixed batch: LoRA on Embedding has one adapter",
         ),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},

@@ -227,7 +227,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "lora-on-the-head": ({"target_modules": [*PROJECTIONS, "lm_head"]}, ""),
     "embedding": (
         {"target_modules": [*PROJECTIONS, "embed_tokens"]},
-        "LoRA on Embedding is not fused yet",
+        "",
     ),
     "trainable-tokens": (
         {"trainable_token_indices": [5, 17], "target_modules": PROJECTIONS},

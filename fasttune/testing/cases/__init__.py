@@ -10,6 +10,7 @@ from fasttune.testing.cases import (
     layer_norm,
     linear_cross_entropy,
     linear_log_probs,
+    lora_embedding,
     lora_linear,
     lora_segmented,
     reft,
@@ -21,6 +22,7 @@ from fasttune.testing.conformance import Case
 
 _OPS = (
     lora_linear,
+    lora_embedding,
     dora_linear,
     lora_segmented,
     linear_cross_entropy,
