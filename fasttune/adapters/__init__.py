@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.adapters import _saved, _sites
+from fasttune.adapters import _saved, _sites, _trace
 from fasttune.adapters._bank import (
     CHILD,
     AdapterBank,
@@ -68,6 +68,7 @@ def add(
     scaling: float | str | None = None,
     dropout: float = 0.0,
     train_also: Sequence[str] = (),
+    example: Mapping[str, Any] | None = None,
 ) -> None:
     """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
 
@@ -79,12 +80,16 @@ def add(
         model: a transformer whose blocks are in a ModuleList; changed in place.
         name: letters, digits, ``_`` and ``-``.
         placement: "seq_bn", "double_seq_bn", "par_bn", which takes the input of the MLP, or
-            "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations.
+            "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations;
+            "hub_seq_bn" and "hub_par_bn": where the library adapters places its "seq_bn" and
+            "par_bn" (docs/adapters.md).
         reduction_factor: the output width of the layer over the bottleneck size, above 0.
         activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`; None: "relu" and
             1.0, and "gelu" and "channels" for "adapter_plus".
         train_also: names or name endings of modules, a classifier for one, that stay trainable and
             are saved with the adapter, as PEFT's ``modules_to_save``; all adapters share them.
+        example: the arguments of a forward that reaches every block. Shapes and dtypes count, the
+            forward has no weights (fasttune/adapters/_trace.py). Models of transformers need none.
 
     Raises:
         TypeError: ``name`` is no string, or ``model`` no module.
@@ -98,7 +103,7 @@ def add(
     if not reduction_factor > 0:
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
     heads = _saved.heads(model, train_also)
-    sites = _sites.find(model, placement)
+    sites = _sites.find(model, placement, example)
     plus = placement == "adapter_plus"
     defaults = ("gelu", "channels") if plus else ("relu", 1.0)
     options = {
@@ -121,7 +126,7 @@ def add(
     for layer, adapter in made.items():
         bank = attach(model.get_submodule(layer))
         bank[name] = adapter.train(model.training)
-        source = sites[layer].source
+        source, bank.before = sites[layer].source, sites[layer].before
         if source is not None:
             make_parallel(bank, name, model.get_submodule(source))
     state["configs"][name] = {
@@ -219,8 +224,16 @@ def save(model: nn.Module, name: str, directory: str | Path) -> None:
     (path / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load(model: nn.Module, directory: str | Path, name: str | None = None) -> str:
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    name: str | None = None,
+    *,
+    example: Mapping[str, Any] | None = None,
+) -> str:
     """Add what :func:`save` wrote, under its own name or ``name``, and activate it.
+
+    ``example`` is that of :func:`add`.
 
     Returns:
         The adapter's name.
@@ -240,7 +253,7 @@ def load(model: nn.Module, directory: str | Path, name: str | None = None) -> st
     name = saved_name if name is None else name
     grads = {key: p.requires_grad for key, p in model.named_parameters()}
     active = {site: bank.active for site, bank in _banks(model).items()}
-    add(model, name, **config)
+    add(model, name, **config, example=example)
     try:
         _check_shapes(model, name, tensors, path)
         _copy(model, name, tensors)
@@ -324,7 +337,7 @@ def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
 def _adapter(
     model: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
 ) -> BottleneckAdapter:
-    weight = _sites.base(model.get_submodule(site.linear)).weight
+    weight = _trace.base(model.get_submodule(site.linear)).weight
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     size = max(1, int(site.width / reduction_factor))
     return BottleneckAdapter(site.width, size, device=weight.device, dtype=dtype, **options)
