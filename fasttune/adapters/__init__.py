@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.adapters import _saved, _sites, _trace
+from fasttune.adapters import _hub, _saved, _sites, _trace
 from fasttune.adapters._bank import (
     CHILD,
     AdapterBank,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LAYOUTS = ("fasttune", "adapters")
 
 __all__ = [
     "AdapterCheckpoints",
@@ -207,21 +208,34 @@ def remove(model: nn.Module, name: str) -> None:
         del model.__dict__[_STATE]
 
 
-def save(model: nn.Module, name: str, directory: str | Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of the adapter ``name``.
+def save(model: nn.Module, name: str, directory: str | Path, *, layout: str = "fasttune") -> None:
+    """Write the adapter ``name``, for :func:`load` or for the library adapters.
+
+    Args:
+        model: the model.
+        name: of the adapter.
+        directory: made if it is not there.
+        layout: "fasttune": ``adapter_model.safetensors`` and ``adapter_config.json``; "adapters":
+            ``pytorch_adapter.bin`` and ``adapter_config.json`` as adapters 1.3 has them.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter or layout, or the library adapters does not know the
+            type of the model or the placement.
     """
     from safetensors.torch import save_file
 
     model = _root(model)
-    config = {"name": name, **_config(model, name)}
+    config = _config(model, name)
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = {key: p.detach().contiguous() for key, p in _parameters(model, name).items()}
+    if layout == "adapters":
+        _hub.write(path, name, model, config, tensors)
+        return
+    path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / _WEIGHTS, metadata={"format": "pt"})
-    (path / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (path / _CONFIG).write_text(json.dumps({"name": name, **config}, indent=2) + "\n")
 
 
 def load(
@@ -231,7 +245,8 @@ def load(
     *,
     example: Mapping[str, Any] | None = None,
 ) -> str:
-    """Add what :func:`save` wrote, under its own name or ``name``, and activate it.
+    """Add what :func:`save` or the library adapters wrote, under its own name or ``name``, and
+    activate it.
 
     ``example`` is that of :func:`add`.
 
@@ -240,16 +255,23 @@ def load(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights do not fit the model, or :func:`add` refuses. The model is left as
-            it was.
+        ValueError: the weights do not fit the model, :func:`add` refuses, or fasttune does not
+            compute what a field of the library's configuration asks for. The model is left as it
+            was.
     """
     from safetensors.torch import load_file
 
     model = _root(model)
     path = Path(directory)
     config = json.loads((path / _CONFIG).read_text())
-    tensors = load_file(path / _WEIGHTS)
+    if not isinstance(config.get("name"), str):
+        raise ValueError(f"directory: expected a bottleneck adapter, got another file in {path}")
     saved_name = config.pop("name")
+    if _hub.recognises(config):
+        config = _hub.options(model, config)
+        tensors = _hub.read(path, saved_name, model, config["placement"])
+    else:
+        tensors = load_file(path / _WEIGHTS)
     name = saved_name if name is None else name
     grads = {key: p.requires_grad for key, p in model.named_parameters()}
     active = {site: bank.active for site, bank in _banks(model).items()}

@@ -21,6 +21,8 @@ class Site:
     Attributes:
         width: of the output.
         linear: the linear layer whose dtype and device the adapter has.
+        block: the block that it is of.
+        attention: True at the end of an attention, False at the end of the MLP or the block.
         source: the layer whose input the adapter takes; None: the output of this one.
         before: the adapter's output is added to the input of this layer, a norm, which then runs
             again.
@@ -28,6 +30,8 @@ class Site:
 
     width: int
     linear: str
+    block: str
+    attention: bool = False
     source: str | None = None
     before: bool = False
 
@@ -145,8 +149,8 @@ class _Block:
     def norm_that_returned(self, tensor: Any) -> str | None:
         """The part whose parameters are vectors and whose output is that very tensor."""
         for key, call in self.calls.items():
-            parameters = list(self.modules[key].parameters())
-            vectors = parameters and all(p.dim() == 1 for p in parameters)
+            own = [p for _, m in walk(self.modules[key]) for p in m.parameters(recurse=False)]
+            vectors = own and all(p.dim() == 1 for p in own)
             if vectors and len(call.inputs) == 1 and any(y is tensor for y in call.outputs):
                 return key
         return None
@@ -175,9 +179,9 @@ def _sites_of(block: _Block, placement: str) -> dict[str, Site]:
     layer, linear = f"{name}.{last}", f"{name}.{last}"
     norm = block.norm_that_returned(hidden)
     if placement == "adapter_plus" or (placement == "hub_seq_bn" and norm is None):
-        return {name: Site(size, linear)}
+        return {name: Site(size, linear, name)}
     if placement == "hub_seq_bn":
-        return {f"{name}.{norm}": Site(size, linear, before=True)}
+        return {f"{name}.{norm}": Site(size, linear, name, before=True)}
     if placement in ("par_bn", "hub_par_bn"):
         source, given = first, block.calls[first].inputs
         if given[0].shape[-1] != size:
@@ -186,7 +190,7 @@ def _sites_of(block: _Block, placement: str) -> dict[str, Site]:
             source = block.norm_that_returned(given[0]) or ""
             if not source:
                 raise ValueError(f"model: expected a norm before the MLP of {name}, got none")
-        return {layer: Site(size, linear, f"{name}.{source}")}
+        return {layer: Site(size, linear, name, source=f"{name}.{source}")}
     chosen = []
     if placement == "double_seq_bn":
         for prefix in block.attentions:
@@ -194,5 +198,5 @@ def _sites_of(block: _Block, placement: str) -> dict[str, Site]:
             if not own:
                 raise ValueError(f"model: expected an output of width {size} in {name}.{prefix}")
             chosen.append(own[-1])
-    chosen.append(last)
-    return {f"{name}.{key}": Site(size, f"{name}.{key}") for key in chosen}
+    ends = {f"{name}.{key}": Site(size, f"{name}.{key}", name, attention=True) for key in chosen}
+    return {**ends, layer: Site(size, linear, name)}

@@ -206,6 +206,15 @@ def test_hub_placements_compute_what_the_documentation_says(
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("placement", _sites.PLACEMENTS)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_adapters_that_are_there_change_no_sites(name: str, placement: str) -> None:
+    model = BY_NAME[name].build()
+    expected = {key: _sites.find(model, key) for key in _sites.PLACEMENTS}
+    adapters.add(model, "s", placement)
+    assert {key: _sites.find(model, key) for key in _sites.PLACEMENTS} == expected
+
+
 def test_two_parallel_adapters_of_one_layer_take_their_own_inputs() -> None:
     model, x = Stack(), torch.randn(2, 5, 16)
     single = {}
