@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from fasttune.adapters._trace import Trace, trace, walk, width
+from fasttune.adapters._trace import Trace, base, trace, walk, width
 from fasttune.patching.swap import original_class
 
 PLACEMENTS = ("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "hub_seq_bn", "hub_par_bn")
+CONVOLUTIONS = ("conv_parallel", "conv_sequential")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Site:
 
     Attributes:
         width: of the output.
-        linear: the linear layer whose dtype and device the adapter has.
+        linear: the linear layer or convolution whose dtype and device the adapter has.
         block: the block that it is of.
         attention: True at the end of an attention, False at the end of the MLP or the block.
         source: the layer whose input the adapter takes; None: the output of this one.
@@ -48,12 +50,18 @@ def find(
     block, or the input of the norm that ends it, with the output of that norm; ``hub_par_bn``: the
     last linear layer of every MLP, with the residual beside it.
 
+    ``conv_parallel`` and ``conv_sequential``: the first convolution wider than 1x1 of every
+    residual block, with its input or its output (Chen et al., 2022).
+
     Raises:
         ValueError: there is no such placement, or the structure is not recognised.
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, got {placement!r}")
+    known = (*PLACEMENTS, *CONVOLUTIONS)
+    if placement not in known:
+        raise ValueError(f"placement: expected one of {', '.join(known)}, got {placement!r}")
     found = trace(model, example)
+    if placement in CONVOLUTIONS:
+        return _convolutions(model, found, placement)
     sites: dict[str, Site] = {}
     for name in _blocks(model, found, whole=example is None):
         sites.update(_sites_of(_Block(model, found, name), placement))
@@ -75,6 +83,44 @@ _EXPECTED = (
     "model: expected a ModuleList of layers of one class, each with an attention and an MLP of "
     "linear layers"
 )
+
+
+def _convolutions(model: nn.Module, found: Trace, placement: str) -> dict[str, Site]:
+    """Of the innermost called modules that add and have convolutions, the first of those."""
+    convolutions = {key: base(module) for key, module in walk(model) if key in found.calls}
+    wide = [key for key in found.calls if _is_wide(convolutions.get(key))]
+    adding = [key for key, call in found.calls.items() if call.adds and _inside(key, wide)]
+    sites: dict[str, Site] = {}
+    for key in adding:
+        if _inside(key, adding):
+            continue
+        name = _inside(key, wide)[0]
+        source = name if placement == "conv_parallel" else None
+        sites[name] = Site(convolutions[name].out_channels, name, key, source=source)
+        _check_image(name, convolutions[name], found)
+    if not sites:
+        raise ValueError(
+            "model: expected residual blocks with convolutions wider than 1x1, got none in "
+            f"{type(model).__name__}{_why(found)}"
+        )
+    return sites
+
+
+def _is_wide(module: Any) -> bool:
+    return isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+
+
+def _check_image(name: str, module: nn.Conv2d, found: Trace) -> None:
+    """A subclass that pads in its own forward has an output of another size."""
+    call, options = found.calls[name], (module.kernel_size, module.stride, module.padding)
+    with torch.device("meta"):
+        plain = nn.Conv2d(module.in_channels, 1, *options, module.dilation)  # type: ignore[arg-type]
+        expected = plain(torch.empty(call.inputs[0].shape)).shape[-2:]
+    if expected != call.outputs[0].shape[-2:]:
+        raise ValueError(
+            f"model: expected an image of {tuple(expected)} from {name}, got "
+            f"{tuple(call.outputs[0].shape[-2:])}"
+        )
 
 
 def _why(found: Trace) -> str:

@@ -34,12 +34,14 @@ class Call:
             unchanged is the same object.
         attends: a softmax or an attention ran inside.
         chooses: a top-k ran inside, as in a router of experts.
+        adds: its own forward added two images of one shape, [N, C, H, W].
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...] = ()
     attends: bool = False
     chooses: bool = False
+    adds: bool = False
 
 
 @dataclass
@@ -198,6 +200,12 @@ class _Watch(TorchDispatchMode):
         for call in self.twins.open:
             call.attends |= name.startswith(_ATTENTION)
             call.chooses |= name == "topk"
+        if self.twins.open and name in ("add", "add_"):
+            a, b = args[:2]
+            self.twins.open[-1].adds |= (
+                isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+                and a.dim() == 4
+            )  # fmt: skip
         return function(*args, **(kwargs or {}))
 
 
