@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +128,9 @@ def _why(found: Trace) -> str:
 
 
 def _blocks(model: nn.Module, found: Trace, *, whole: bool) -> list[str]:
-    names: list[str] = []
+    stacks: dict[str, list[str]] = {}
     for name, stack in walk(model):
-        inside = any(name.startswith(f"{outer}.") for outer in names)
-        if inside or not isinstance(stack, nn.ModuleList):
+        if not isinstance(stack, nn.ModuleList):
             continue
         if len({original_class(block) for block in stack}) != 1:
             continue
@@ -139,14 +138,35 @@ def _blocks(model: nn.Module, found: Trace, *, whole: bool) -> list[str]:
         linear = all(any(width(m) for _, m in walk(block)) for block in stack)
         if all(key in found.calls for key in members):
             if linear and all(_Block(model, found, key).attentions for key in members):
-                names += members
-        elif whole and linear and len(members) > 1:
+                stacks[name] = members
+        elif whole and linear and len(members) > 1 and not _within(name, _members(stacks)):
             reason = found.failures[0] if found.failures else "the forward leaves it out"
             raise ValueError(
                 f"model: expected a forward that runs {name}, got none ({reason}); adapters.add "
                 "takes an example"
             )
-    return names
+    for name in list(stacks):  # outer ones first
+        if name in stacks:
+            inner = [key for key in stacks if _within(key, stacks[name])]
+            for key in [name] if _are_stages(model, stacks, name, inner) else inner:
+                del stacks[key]
+    return _members(stacks)
+
+
+def _members(stacks: Mapping[str, list[str]]) -> list[str]:
+    return [member for members in stacks.values() for member in members]
+
+
+def _are_stages(
+    model: nn.Module, stacks: Mapping[str, list[str]], name: str, inner: list[str]
+) -> bool:
+    """True if the members of a stack are stages of several blocks, or of blocks and more."""
+
+    def count(names: Sequence[str]) -> int:
+        return len({id(p) for key in names for p in model.get_submodule(key).parameters()})
+
+    several = any(len(stacks[key]) > 1 for key in inner)
+    return bool(inner) and (several or count(inner) != count([name]))
 
 
 class _Block:
@@ -206,7 +226,7 @@ def _inside(outer: str, names: Any) -> list[str]:
     return [name for name in names if name.startswith(f"{outer}.")]
 
 
-def _within(name: str, outers: list[str]) -> bool:
+def _within(name: str, outers: Sequence[str]) -> bool:
     return any(name == outer or name.startswith(f"{outer}.") for outer in outers)
 
 

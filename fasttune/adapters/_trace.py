@@ -2,12 +2,14 @@
 
 A twin of the model, of the same classes and attributes but with fake parameters and no hooks, runs
 on fake tensors: no weight is read, no memory taken and nothing of the model changed, whatever is
-patched, quantised, sharded, hooked or on another device.
+patched, quantised, sharded, hooked or on another device. Where a forward asks for values, the twin
+has zeros, one in memory for each parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,8 @@ from fasttune.adapters._bank import AdapterBank
 from fasttune.integrations import transformers
 from fasttune.patching.swap import original_class
 
+# An instance's forward is another library's; Module.compile leaves the other one.
+_LEFT_OUT = ("forward", "_compiled_call_impl")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ATTENTION = ("_softmax", "_safe_softmax", "_scaled_dot_product")
 
@@ -63,8 +67,16 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Trace:
     What the whole leaves out, a vision tower where there is only text, runs on its own where it is
     a model of transformers too.
     """
+    if example is not None and not isinstance(example, Mapping):
+        raise TypeError(f"example: expected a mapping, got {type(example).__name__}")
+    found = _trace(model, example, _Twins(model))
+    if found.failures and not found.calls:
+        found = _trace(model, example, _Zeros(model))
+    return found
+
+
+def _trace(model: nn.Module, example: Mapping[str, Any] | None, twins: _Twins) -> Trace:
     found = Trace()
-    twins = _Twins(model)
     if example is not None:
         twins.run("", [dict(example)], found)
         return found
@@ -113,7 +125,7 @@ class _Twins:
     """The twin of every module of a model, and what they record."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.mode = _torch.FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = _torch.FakeTensorMode(allow_non_fake_inputs=True)
         self.configs: dict[int, Any] = {}
         self.open: list[Call] = []
         self.calls: dict[str, Call] = {}
@@ -121,8 +133,18 @@ class _Twins:
         self.by_name: dict[str, nn.Module] = {}
         floats = (p.dtype for p in model.parameters() if p.dtype in _FLOATS)
         self.dtype = next(floats, torch.get_default_dtype())
-        with _torch.fake_tensors(self.mode):
+        with self.mode():
             self._twin(model, "")
+
+    def mode(self) -> contextlib.AbstractContextManager[None]:
+        return _torch.fake_tensors(self.fake)
+
+    def parameter(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """For a buffer, an input or a tensor among the attributes."""
+        return self.parameter(tensor.shape, tensor.dtype)
 
     def run(self, name: str, attempts: list[dict[str, Any]], found: Trace) -> None:
         """Add the calls of the first of the ``attempts`` that the module can run on."""
@@ -133,10 +155,10 @@ class _Twins:
                 with (
                     torch.no_grad(),
                     torch.random.fork_rng(devices=[]),
-                    _torch.fake_tensors(self.mode),
+                    self.mode(),
                     _Watch(self),
                 ):
-                    self.by_name[name](**_pytree.tree_map_only(Tensor, _fake, inputs))
+                    self.by_name[name](**_pytree.tree_map_only(Tensor, self.value, inputs))
             except Exception as error:  # arbitrary code, on inputs that it may not expect
                 failure = f"{name or 'the model'} raised {type(error).__name__}: {error}"
                 continue
@@ -150,8 +172,7 @@ class _Twins:
             return self.by_name.setdefault(name, self.by_id[id(inner)])
         linear = width(inner) is not None and isinstance(inner, nn.Linear)
         twin: nn.Module = object.__new__(nn.Linear if linear else original_class(inner))
-        # An instance's forward is another library's, and works on the real module.
-        own = {k: v for k, v in inner.__dict__.items() if k != "forward"}
+        own = {k: self._attribute(v) for k, v in inner.__dict__.items() if k not in _LEFT_OUT}
         twin.__dict__.update(own | nn.Module().__dict__ | {"training": False})
         twin._non_persistent_buffers_set = inner._non_persistent_buffers_set
         self.by_id[id(inner)] = self.by_name[name] = twin
@@ -159,19 +180,27 @@ class _Twins:
             twin.__dict__["config"] = transformers.eager(own["config"], self.configs)
         for key, parameter in inner._parameters.items():
             if parameter is not None:
-                parameter = nn.Parameter(_fake(parameter), False)
+                shape, dtype = parameter.shape, parameter.dtype
+                parameter = nn.Parameter(self.parameter(shape, dtype), False)
             twin._parameters[key] = parameter
-        if linear and inner.weight.dtype not in _FLOATS:  # packed, in some other shape
-            shape = (inner.out_features, inner.in_features)
-            twin._parameters["weight"] = nn.Parameter(torch.empty(shape, dtype=self.dtype), False)
+        weight = inner._parameters.get("weight")
+        if linear and (weight is None or weight.dtype not in _FLOATS):  # parametrised, packed
+            size = (inner.out_features, inner.in_features)
+            twin._parameters["weight"] = nn.Parameter(self.parameter(size, self.dtype), False)
         for key, buffer in inner._buffers.items():
-            twin._buffers[key] = None if buffer is None else _fake(buffer)
+            twin._buffers[key] = None if buffer is None else self.value(buffer)
         for key, child in inner._modules.items():
             inside = f"{name}.{key}" if name else key
             skip = child is None or isinstance(child, AdapterBank)
             twin._modules[key] = None if skip else self._twin(child, inside)
         self._record(twin, name)
         return twin
+
+    def _attribute(self, value: Any) -> Any:
+        """What a forward may change in place is not the model's own."""
+        if isinstance(value, Tensor):
+            return self.value(value)
+        return value.copy() if type(value) in (list, dict, set) else value
 
     def _record(self, twin: nn.Module, name: str) -> None:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -184,6 +213,21 @@ class _Twins:
 
         twin.register_forward_pre_hook(before, with_kwargs=True)
         twin.register_forward_hook(after)
+
+
+class _Zeros(_Twins):
+    """Twins that run on values: zeros for the parameters, copies for the rest."""
+
+    def mode(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def parameter(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros((), dtype=dtype, device="cpu").expand(tuple(shape))
+
+    def value(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return tensor.detach().to("cpu", copy=True)
 
 
 class _Watch(TorchDispatchMode):
@@ -207,11 +251,6 @@ class _Watch(TorchDispatchMode):
                 and a.dim() == 4
             )  # fmt: skip
         return function(*args, **(kwargs or {}))
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    """A tensor like it on the CPU, fake in a FakeTensorMode."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _tensors(values: Any) -> tuple[Tensor, ...]:

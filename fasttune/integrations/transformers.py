@@ -195,7 +195,9 @@ def _pixels(config: Any) -> Tensor:
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", None) or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return torch.empty((1, getattr(config, "num_channels", 3), height, width), device="meta")
+    frames = (config.num_frames,) if hasattr(config, "num_frames") else ()  # of a video
+    shape = (1, *frames, getattr(config, "num_channels", 3), height, width)
+    return torch.empty(shape, device="meta")
 
 
 def _spectrum(config: Any) -> Tensor:
@@ -203,7 +205,9 @@ def _spectrum(config: Any) -> Tensor:
     return torch.empty((1, getattr(config, "num_mel_bins", 80), frames), device="meta")
 
 
-def _waveform(config: Any) -> Tensor:
+def _sound(config: Any) -> Tensor:
+    if hasattr(config, "num_mel_bins"):  # a spectrogram by its time
+        return torch.empty((1, config.max_length, config.num_mel_bins), device="meta")
     return torch.empty((1, 16000), device="meta")
 
 
@@ -212,7 +216,7 @@ _INPUTS: dict[str, Callable[[Any], Tensor]] = {
     "decoder_input_ids": _ids,
     "pixel_values": _pixels,
     "input_features": _spectrum,
-    "input_values": _waveform,
+    "input_values": _sound,
 }
 
 

@@ -100,6 +100,76 @@ def test_every_family_has_the_sites_that_its_authors_name(name: str) -> None:
     assert list(_sites.find(model, "adapter_plus")) == blocks
 
 
+WIDTHS = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 99, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+CONVOLUTIONS = {
+    "conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3),
+    "num_feat_extract_layers": 2,
+}  # fmt: skip
+SWIN = {
+    "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "image_size": 32, "patch_size": 2,
+    "window_size": 4,
+}  # fmt: skip
+SEGFORMER = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 16, 32]}
+STAGES = [f"stages.{i}.blocks.0" for i in (0, 1, 2)] + ["stages.2.blocks.1", "stages.3.blocks.0"]
+TWO = ["0", "1"]
+# Stages of blocks; two MLPs and a layer defined after the output; a forward that asks for values;
+# inputs of other shapes. The class, its configuration, the blocks, and the parts of one.
+OTHERS: list[tuple[str, dict[str, Any], str, list[str], tuple[str, ...]]] = [
+    (
+        "SwinForImageClassification", SWIN, "swin.encoder",
+        [f"layers.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (1, 1))],
+        ("attention.o_proj", *MLP),
+    ),
+    (
+        "SegformerForImageClassification", SEGFORMER, "segformer", STAGES,
+        ("attention.o_proj", *MLP),
+    ),
+    (
+        "Wav2Vec2ConformerForCTC", {**WIDTHS, **CONVOLUTIONS}, "wav2vec2_conformer.encoder.layers",
+        TWO, ("self_attn.linear_out", "ffn2.intermediate_dense", "ffn2.output_dense"),
+    ),
+    (
+        "LongformerForMaskedLM", {**WIDTHS, "attention_window": 4}, "longformer.encoder.layer",
+        TWO, _bert("longformer")[1:],
+    ),
+    (
+        "VideoMAEForVideoClassification", {**WIDTHS, "num_frames": 4}, "videomae.encoder.layer",
+        TWO, _bert("videomae")[1:],
+    ),
+    (
+        "ASTForAudioClassification", WIDTHS, "audio_spectrogram_transformer.layers",
+        TWO, ("attention.o_proj", *MLP),
+    ),
+    (
+        "BartForSequenceClassification",
+        {
+            "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2,
+            "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        },
+        "model.encoder.layers", TWO, ("self_attn.out_proj", *FC),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "stack", "blocks", "parts"), OTHERS, ids=lambda v: v)
+def test_other_structures_are_found(
+    name: str, options: dict[str, Any], stack: str, blocks: list[str], parts: tuple[str, ...]
+) -> None:
+    import transformers
+
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**options))
+    attention, first, last = parts
+    names = [f"{stack}.{block}" for block in blocks]
+    found = [key for key in _sites.find(model, "double_seq_bn") if key.startswith(stack)]
+    assert found == [f"{block}.{part}" for block in names for part in (attention, last)]
+    beside = {k: v.source for k, v in _sites.find(model, "par_bn").items() if k.startswith(stack)}
+    assert beside == {f"{block}.{last}": f"{block}.{first}" for block in names}
+
+
 class Mixer(nn.Module):
     """An attention whose class does not say so, with its output layer defined first."""
 
@@ -257,6 +327,9 @@ def test_no_weight_is_read_and_nothing_changes(name: str) -> None:
     assert str(fasttune.explain(model)) == explained
 
 
+X = {"x": torch.zeros(1, 5, 16)}
+
+
 class Packed(nn.Linear):
     """As a quantised layer: its weight has another shape and dtype."""
 
@@ -275,6 +348,26 @@ def test_packed_weights_are_no_obstacle() -> None:
         for name in ("gate_proj", "up_proj", "down_proj"):
             setattr(layer.mlp, name, Packed(getattr(layer.mlp, name)))
     assert _sites.find(model, "par_bn") == expected
+
+
+def test_a_forward_that_asks_for_values_changes_nothing_either() -> None:
+    class Asks(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[float] = []
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.seen.append(float(self.count))
+            return super().forward(x) if self.count > 0 else x
+
+    model = Asks()
+    expected = _sites.find(Stack(), "par_bn", X)
+    state = torch.get_rng_state()
+    assert _sites.find(model, "par_bn", X) == expected
+    assert model.count == 0 and model.seen == []
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Unreached(Stack):
@@ -319,9 +412,6 @@ def _experts() -> nn.Module:
     return model
 
 
-X = {"x": torch.zeros(1, 5, 16)}
-
-
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
@@ -330,6 +420,7 @@ X = {"x": torch.zeros(1, 5, 16)}
         (Stack(), {"x": torch.zeros(1, 5, 3)}, r"got none in Stack \(the model raised RuntimeErr"),
         (_experts(), X, "expected one MLP in layers.0, got experts"),
         (nn.ModuleList([nn.Linear(4, 4)]), None, "got none in ModuleList"),
+        (nn.ModuleList([nn.ModuleList([])]), None, "got none in ModuleList"),
     ],
 )
 def test_what_is_not_found_is_named_and_the_model_unchanged(
@@ -341,6 +432,11 @@ def test_what_is_not_found_is_named_and_the_model_unchanged(
     assert dict(model.named_parameters()) == before
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_example_of_another_type_is_named() -> None:
+    with pytest.raises(TypeError, match="example: expected a mapping, got Tensor"):
+        adapters.add(Stack(), "s", example=torch.zeros(1))  # type: ignore[arg-type]
 
 
 def test_what_an_example_leaves_out_gets_no_adapters() -> None:
