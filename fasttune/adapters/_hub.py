@@ -126,7 +126,9 @@ def options(model: nn.Module, file: Mapping[str, Any]) -> dict[str, Any]:
     placement = min(wrong, key=lambda key: len(wrong[key]))
     for field in wrong[placement]:
         raise _wrong(field, repr(_PLACEMENTS[placement][field]), config.get(field))
-    factor, width = config["reduction_factor"], file["hidden_size"]
+    factor, width = config["reduction_factor"], file.get("hidden_size")
+    if not isinstance(width, int):
+        raise _wrong("hidden_size", "a number", width)
     if not isinstance(factor, (int, float)) or not _same_size(width, factor):
         raise _wrong("reduction_factor", f"one number that divides {width}", factor)
     activation = str(config["non_linearity"]).lower()

@@ -155,6 +155,7 @@ class _Twins:
                 with (
                     torch.no_grad(),
                     torch.random.fork_rng(devices=[]),
+                    torch.device("cpu"),  # not the user's default
                     self.mode(),
                     _Watch(self),
                 ):

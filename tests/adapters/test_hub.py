@@ -150,6 +150,7 @@ def test_what_cannot_be_represented_is_named(
     [
         ({"model_type": "bert"}, "model_type: expected 'llama', got 'bert'"),
         ({"version": "3.2.1"}, "version: expected adapters. and a number, got '3.2.1'"),
+        ({"hidden_size": None}, "hidden_size: expected a number, got None"),
         ({"config": None}, "dropout: expected a value, got None"),
         ({"name": None}, "directory: expected a bottleneck adapter, got another file"),
     ],
