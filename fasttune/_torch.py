@@ -3,12 +3,15 @@ tests/integrations/test_private_names.py guards them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn import Parameter
 
 _PLAIN_TYPES = (Tensor, Parameter)
@@ -31,6 +34,18 @@ def in_functorch() -> bool:
 def under_dispatch_mode() -> bool:
     """True if a TorchDispatchMode (FakeTensorMode, accounting, ...) is active."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextlib.contextmanager
+def fake_tensors(mode: FakeTensorMode) -> Iterator[None]:
+    """Run with tensors that have no memory. What cannot run without raises, and is not logged."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        with mode:
+            yield
+    finally:
+        logger.disabled = disabled
 
 
 def profiling() -> bool:

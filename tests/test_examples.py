@@ -128,6 +128,31 @@ def test_vision_transformer_run(example, fashion_mnist, capfd):
     assert "ROC AUC" in printed and "LoRA layers" in printed
 
 
+def test_resnet_run(example, fashion_mnist, capfd):
+    pytest.importorskip("sklearn")
+    options = ["--steps", "2", "--batch-size", "8", "--width", "8", "--device", "cpu"]
+    example("resnet_fashion_mnist").main(["--data", str(fashion_mnist), *options])
+    printed = capfd.readouterr().out
+    assert all(name in printed for name in ("classifier alone", "conv_parallel", "conv_sequential"))
+
+
+def test_resnet_run_ends_if_the_saved_adapter_is_another(example, fashion_mnist, monkeypatch):
+    pytest.importorskip("sklearn")
+    module = example("resnet_fashion_mnist")
+    monkeypatch.setattr(module.adapters, "load", lambda model, path: None)
+    options = ["--steps", "2", "--batch-size", "8", "--width", "8", "--device", "cpu"]
+    with pytest.raises(SystemExit, match="the loaded adapter gives other probabilities"):
+        module.main(["--data", str(fashion_mnist), *options])
+
+
+def test_classes_are_split_and_renumbered(example, fashion_mnist):
+    module = example("resnet_fashion_mnist")
+    split = module.read_split(fashion_mnist, "train")
+    images, labels = module.of_classes(split, first=False)
+    assert len(images) == 20 and labels[:6].tolist() == [0, 1, 2, 3, 4, 0]
+    assert torch.equal(images[0], split[0][5])
+
+
 def test_three_adapters_trained_together_agree_with_those_trained_alone(example, capfd):
     example("three_adapters").main(["--steps", "3", "--batch-size", "6", "--device", "cpu"])
     printed = capfd.readouterr().out
@@ -168,7 +193,11 @@ def test_unfreezing_flips_the_last_blocks_only(example, make_lora_model, blocks,
 
 
 @pytest.mark.parametrize(
-    "name", ["minilm_sentiment", "vit_fashion_mnist", "gradual_unfreezing", "three_adapters"]
+    "name",
+    [
+        *("minilm_sentiment", "vit_fashion_mnist", "resnet_fashion_mnist", "gradual_unfreezing"),
+        "three_adapters",
+    ],
 )
 def test_help_needs_no_data(name):
     result = subprocess.run(

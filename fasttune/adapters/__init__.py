@@ -3,7 +3,9 @@
 Adapters follow the linear layers that end the MLP (``seq_bn``; Pfeiffer et al., 2020) and, with
 ``double_seq_bn``, the attention (Houlsby et al., 2019) of every block: before the dropout, the
 residual and the norm that come after; ``par_bn`` runs beside the MLP (He et al., 2022), and
-``adapter_plus`` follows the whole block (Steitz and Roth, 2024). The blocks are found by structure.
+``adapter_plus`` follows the whole block (Steitz and Roth, 2024). ``conv_parallel`` and
+``conv_sequential`` are for convolutional models (Chen et al., 2022). The blocks are found by what a
+forward does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.adapters import _saved, _sites
+from fasttune.adapters import _frozen_norms, _hub, _saved, _sites, _trace
 from fasttune.adapters._bank import (
     CHILD,
     AdapterBank,
@@ -28,13 +30,14 @@ from fasttune.adapters._bank import (
 )
 from fasttune.adapters.reft import activate_reft, add_reft, load_reft, remove_reft, save_reft
 from fasttune.integrations import peft
-from fasttune.nn import BottleneckAdapter
+from fasttune.nn import BottleneckAdapter, ConvAdapter
 
 if TYPE_CHECKING:
     from fasttune.integrations.adapter_trainer import AdapterCheckpoints, AdapterTrainer
 
 _STATE = "_fasttune_bottlenecks"  # on the model: configs by name, trained base parameters
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LAYOUTS = ("fasttune", "adapters")
 
 __all__ = [
     "AdapterCheckpoints",
@@ -68,6 +71,7 @@ def add(
     scaling: float | str | None = None,
     dropout: float = 0.0,
     train_also: Sequence[str] = (),
+    example: Mapping[str, Any] | None = None,
 ) -> None:
     """Add the adapter ``name`` to ``model``, activate it alone and freeze everything else.
 
@@ -79,12 +83,20 @@ def add(
         model: a transformer whose blocks are in a ModuleList; changed in place.
         name: letters, digits, ``_`` and ``-``.
         placement: "seq_bn", "double_seq_bn", "par_bn", which takes the input of the MLP, or
-            "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations.
-        reduction_factor: the output width of the layer over the bottleneck size, above 0.
-        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter`; None: "relu" and
-            1.0, and "gelu" and "channels" for "adapter_plus".
+            "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations;
+            "hub_seq_bn" and "hub_par_bn": where the library adapters places its "seq_bn" and
+            "par_bn" (docs/adapters.md). "conv_parallel" and "conv_sequential", of a convolutional
+            model, run beside and after a convolution of every residual block; batch norms then keep
+            their statistics, also in training mode.
+        reduction_factor: the output width of the layer over the bottleneck size, above 0; of a
+            convolution, the channels that the adapter takes, and it must divide them.
+        activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter` or
+            :class:`fasttune.nn.ConvAdapter`; None: "relu" and 1.0, "gelu" and "channels" for
+            "adapter_plus", and "relu" and "channels" for convolutions.
         train_also: names or name endings of modules, a classifier for one, that stay trainable and
             are saved with the adapter, as PEFT's ``modules_to_save``; all adapters share them.
+        example: the arguments of a forward that reaches every block. Shapes and dtypes count, the
+            forward has no weights (fasttune/adapters/_trace.py). Models of transformers need none.
 
     Raises:
         TypeError: ``name`` is no string, or ``model`` no module.
@@ -98,9 +110,9 @@ def add(
     if not reduction_factor > 0:
         raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
     heads = _saved.heads(model, train_also)
-    sites = _sites.find(model, placement)
-    plus = placement == "adapter_plus"
-    defaults = ("gelu", "channels") if plus else ("relu", 1.0)
+    sites = _sites.find(model, placement, example)
+    plus, convolution = placement == "adapter_plus", placement in _sites.CONVOLUTIONS
+    defaults = ("gelu" if plus else "relu", "channels" if plus or convolution else 1.0)
     options = {
         "activation": defaults[0] if activation is None else activation,
         "scaling": defaults[1] if scaling is None else scaling,
@@ -108,9 +120,11 @@ def add(
     }
     made = {key: _adapter(model, site, reduction_factor, options) for key, site in sites.items()}
     for adapter in made.values() if plus else ():
-        for linear in (adapter.down, adapter.up):
-            nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
-            nn.init.zeros_(linear.bias)
+        for key, parameter in (*adapter.down.named_parameters(), *adapter.up.named_parameters()):
+            if key == "weight":
+                nn.init.trunc_normal_(parameter, std=0.01, a=-0.02, b=0.02)
+            else:
+                nn.init.zeros_(parameter)
     state = model.__dict__.setdefault(_STATE, {"configs": {}})
     if "trained" not in state:
         state["trained"] = [key for key, p in model.named_parameters() if p.requires_grad]
@@ -121,9 +135,11 @@ def add(
     for layer, adapter in made.items():
         bank = attach(model.get_submodule(layer))
         bank[name] = adapter.train(model.training)
-        source = sites[layer].source
+        source, bank.before = sites[layer].source, sites[layer].before
         if source is not None:
             make_parallel(bank, name, model.get_submodule(source))
+    if convolution:
+        _frozen_norms.freeze(model, heads)
     state["configs"][name] = {
         "placement": placement,
         "reduction_factor": reduction_factor,
@@ -191,6 +207,8 @@ def remove(model: nn.Module, name: str) -> None:
             detach(layer)
     state = model.__dict__[_STATE]
     config = state["configs"].pop(name)
+    if not any(own["placement"] in _sites.CONVOLUTIONS for own in state["configs"].values()):
+        _frozen_norms.unfreeze(model)
     if not state["configs"]:
         if peft.has_layers(model) and not state["tuned"]:  # PEFT has decided since
             for head in config["train_also"]:
@@ -202,45 +220,74 @@ def remove(model: nn.Module, name: str) -> None:
         del model.__dict__[_STATE]
 
 
-def save(model: nn.Module, name: str, directory: str | Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` of the adapter ``name``.
+def save(model: nn.Module, name: str, directory: str | Path, *, layout: str = "fasttune") -> None:
+    """Write the adapter ``name``, for :func:`load` or for the library adapters.
+
+    Args:
+        model: the model.
+        name: of the adapter.
+        directory: made if it is not there.
+        layout: "fasttune": ``adapter_model.safetensors`` and ``adapter_config.json``; "adapters":
+            ``pytorch_adapter.bin`` and ``adapter_config.json`` as adapters 1.3 has them.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter or layout, or the library adapters does not know the
+            type of the model or the placement.
     """
     from safetensors.torch import save_file
 
     model = _root(model)
-    config = {"name": name, **_config(model, name)}
+    config = _config(model, name)
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = {key: p.detach().contiguous() for key, p in _parameters(model, name).items()}
+    if layout == "adapters":
+        _hub.write(path, name, model, config, tensors)
+        return
+    path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / _WEIGHTS, metadata={"format": "pt"})
-    (path / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (path / _CONFIG).write_text(json.dumps({"name": name, **config}, indent=2) + "\n")
 
 
-def load(model: nn.Module, directory: str | Path, name: str | None = None) -> str:
-    """Add what :func:`save` wrote, under its own name or ``name``, and activate it.
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    name: str | None = None,
+    *,
+    example: Mapping[str, Any] | None = None,
+) -> str:
+    """Add what :func:`save` or the library adapters wrote, under its own name or ``name``, and
+    activate it.
+
+    ``example`` is that of :func:`add`.
 
     Returns:
         The adapter's name.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the weights do not fit the model, or :func:`add` refuses. The model is left as
-            it was.
+        ValueError: the weights do not fit the model, :func:`add` refuses, or fasttune does not
+            compute what a field of the library's configuration asks for. The model is left as it
+            was.
     """
     from safetensors.torch import load_file
 
     model = _root(model)
     path = Path(directory)
     config = json.loads((path / _CONFIG).read_text())
-    tensors = load_file(path / _WEIGHTS)
+    if not isinstance(config.get("name"), str):
+        raise ValueError(f"directory: expected a bottleneck adapter, got another file in {path}")
     saved_name = config.pop("name")
+    if _hub.recognises(config):
+        config = _hub.options(model, config)
+        tensors = _hub.read(path, saved_name, model, config["placement"])
+    else:
+        tensors = load_file(path / _WEIGHTS)
     name = saved_name if name is None else name
     grads = {key: p.requires_grad for key, p in model.named_parameters()}
     active = {site: bank.active for site, bank in _banks(model).items()}
-    add(model, name, **config)
+    add(model, name, **config, example=example)
     try:
         _check_shapes(model, name, tensors, path)
         _copy(model, name, tensors)
@@ -323,11 +370,25 @@ def _copy(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
 
 def _adapter(
     model: nn.Module, site: _sites.Site, reduction_factor: float, options: dict[str, Any]
-) -> BottleneckAdapter:
-    weight = _sites.base(model.get_submodule(site.linear)).weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    size = max(1, int(site.width / reduction_factor))
-    return BottleneckAdapter(site.width, size, device=weight.device, dtype=dtype, **options)
+) -> BottleneckAdapter | ConvAdapter:
+    layer = _trace.base(model.get_submodule(site.linear))
+    dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
+    options = {"device": layer.weight.device, "dtype": dtype, **options}
+    if not isinstance(layer, nn.Conv2d):
+        size = max(1, int(site.width / reduction_factor))
+        return BottleneckAdapter(site.width, size, **options)
+    options["kernel_size"], channels = layer.kernel_size, layer.out_channels
+    if site.source is not None:
+        channels = layer.in_channels
+        for key in ("stride", "padding", "dilation"):
+            options[key] = getattr(layer, key)
+    size = max(1, int(channels / reduction_factor))
+    if channels % size:
+        raise ValueError(
+            f"reduction_factor: expected one that divides the {channels} channels of "
+            f"{site.linear}, got {reduction_factor}"
+        )
+    return ConvAdapter(channels, layer.out_channels, size, **options)
 
 
 def _root(model: nn.Module) -> nn.Module:

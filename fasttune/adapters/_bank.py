@@ -3,8 +3,11 @@
 The hooks are functions of this module and find what they need on the layer: deepcopy, pickle and
 checkpointing keep all of it, and the state_dict names the adapters ``<layer>.adapters.<name>``.
 
-A parallel adapter takes the input of another layer, the first of the MLP whose last one this is. A
-hook before that layer keeps its input for this thread under a slot that both layers know.
+A parallel adapter takes the input of another layer, the first of the MLP whose last one this is or
+the norm before. A hook before that layer keeps its input for this thread under a slot that both
+layers know.
+
+An adapter before a norm takes the norm's output and is added to its input: the norm runs again.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ class AdapterBank(nn.ModuleDict):
 
     Attributes:
         active: names, in order.
-        parallel: those that take the input kept under ``slot``.
+        slots: of those that take the input of another layer, where it is kept.
+        before: they are added to the input of the layer, a norm.
     """
 
     active: tuple[str, ...] = ()
-    parallel: tuple[str, ...] = ()
-    slot: str = ""
+    before: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: dict[str, str] = {}
 
 
 def attach(layer: nn.Module) -> AdapterBank:
@@ -60,25 +67,23 @@ def detach(layer: nn.Module) -> None:
 
 def make_parallel(bank: AdapterBank, name: str, source: nn.Module) -> None:
     """Let the adapter ``name`` of a bank take the input of ``source``."""
-    bank.parallel = (*bank.parallel, name)
-    if not bank.slot:
-        bank.slot = uuid.uuid4().hex
-        source.__dict__[_SLOT] = bank.slot
+    if _SLOT not in source.__dict__:
+        source.__dict__[_SLOT] = uuid.uuid4().hex
         source.register_forward_pre_hook(_hold)
+    bank.slots[name] = source.__dict__[_SLOT]
 
 
 def end_parallel(bank: AdapterBank, name: str, model: nn.Module) -> None:
     """Undo :func:`make_parallel`."""
-    bank.parallel = tuple(other for other in bank.parallel if other != name)
-    if bank.parallel or not bank.slot:
+    slot = bank.slots.pop(name, None)
+    if slot is None or slot in bank.slots.values():
         return
     for source in model.modules():
-        if source.__dict__.get(_SLOT) == bank.slot:
+        if source.__dict__.get(_SLOT) == slot:
             del source.__dict__[_SLOT]
             hooks = source._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is _hold]:
                 del hooks[key]
-    bank.slot = ""
 
 
 def _hold(layer: nn.Module, args: Any) -> None:
@@ -87,13 +92,23 @@ def _hold(layer: nn.Module, args: Any) -> None:
 
 def _apply(layer: nn.Module, args: Any, output: Any) -> Any:
     bank: AdapterBank = getattr(layer, CHILD)
-    held = _held.inputs.pop(bank.slot, None)
+    if bank.before:
+        return _before(layer, bank, args[0], output)
+    held = {slot: _held.inputs.pop(slot, None) for slot in set(bank.slots.values())}
     if isinstance(output, tuple):  # a block that returns its attention weights or cache too
         return (_through(bank, held, output[0]), *output[1:])
     return _through(bank, held, output)
 
 
-def _through(bank: AdapterBank, held: Tensor | None, hidden: Tensor) -> Tensor:
+def _before(norm: nn.Module, bank: AdapterBank, x: Tensor, y: Tensor) -> Tensor:
     for name in bank.active:
-        hidden = bank[name](held, hidden) if name in bank.parallel else bank[name](hidden)
+        x = bank[name](y, x)
+        y = norm.forward(x)  # the hooks have run
+    return y
+
+
+def _through(bank: AdapterBank, held: dict[str, Any], hidden: Tensor) -> Tensor:
+    for name in bank.active:
+        slot = bank.slots.get(name)
+        hidden = bank[name](hidden) if slot is None else bank[name](held[slot], hidden)
     return hidden

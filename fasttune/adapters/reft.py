@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fasttune.adapters import _prompt, _saved, _sites
+from fasttune.adapters import _prompt, _saved, _sites, _trace
 from fasttune.adapters._positions import parse
 from fasttune.adapters._reft_bank import CHILD, Intervention, ReftBank, attach, detach
 from fasttune.nn import LoReft
@@ -224,19 +224,19 @@ def _layers(model: nn.Module, wanted: str | Sequence[int | str]) -> list[str]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    found = _sites._blocks(model)
-    if len({name.rpartition(".")[0] for name, _ in found}) != 1:
+    found = _sites.blocks(model)
+    if len({name.rpartition(".")[0] for name in found}) != 1:
         raise ValueError(
             "model: expected one ModuleList of layers of one class, each with an attention and an "
             f"MLP of linear layers, got {'several' if found else 'none'} in {type(model).__name__}"
         )
-    return [name for name, _ in found]
+    return found
 
 
 def _width(model: Any, layer: nn.Module) -> tuple[int, torch.device]:
     """The features of the output of ``layer``, and where its parameters are."""
     device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-    width = _sites._width(layer)
+    width = _trace.width(layer)
     config = getattr(model, "config", None)
     if width is None and config is not None:
         width = getattr(config.get_text_config(), "hidden_size", None)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from fasttune import adapters
+from fasttune.adapters._frozen_norms import is_frozen
 from fasttune.integrations import peft
 
 FOLDER = "adapters"  # in a checkpoint; two levels deep, where Trainer does not look for PEFT's
@@ -111,7 +112,8 @@ class AdapterCheckpoints:
         for name, parameter in adapters.trained_besides(model):
             return f"{name} {tuple(parameter.shape)} is trained and of no adapter"
         for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            keeps = isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_frozen(module)
+            if keeps and module.track_running_stats:
                 return f"{name} keeps statistics"
         return None
 

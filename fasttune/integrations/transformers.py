@@ -6,9 +6,11 @@ Read from transformers 5.23 (``modeling_utils.py``, ``loss/loss_utils.py``).
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -177,3 +179,73 @@ def stand_in_batch(model: nn.Module) -> dict[str, Tensor] | None:
     tokens = torch.arange(2 * min(_STAND_IN_TOKENS, longest), device=embedding.weight.device)
     ids = tokens.remainder(config.vocab_size).view(2, -1)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+_TOKENS = 8
+
+
+def example_inputs(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Batches of one without memory that the forward of a model of transformers may take, the
+    fullest first; none for another module.
+    """
+    if not loaded():
+        return []
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    known = inspect.signature(model.forward).parameters
+    inputs = {name: make for name, make in _INPUTS.items() if name in known}
+    if not model.config.is_encoder_decoder:
+        inputs.pop("decoder_input_ids", None)
+    every = {name: make(model.config) for name, make in inputs.items()}
+    every |= {k: v.to(model.dtype) for k, v in every.items() if v.is_floating_point()}
+    main = {k: v for k, v in every.items() if k in (model.main_input_name, "decoder_input_ids")}
+    return [every] if list(main) == list(every) else [every, main]
+
+
+def _ids(config: Any) -> Tensor:
+    return torch.empty((1, _TOKENS), dtype=torch.long, device="meta")
+
+
+def _pixels(config: Any) -> Tensor:
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    frames = (config.num_frames,) if hasattr(config, "num_frames") else ()  # of a video
+    shape = (1, *frames, getattr(config, "num_channels", 3), height, width)
+    return torch.empty(shape, device="meta")
+
+
+def _spectrum(config: Any) -> Tensor:
+    frames = 2 * getattr(config, "max_source_positions", 500)
+    return torch.empty((1, getattr(config, "num_mel_bins", 80), frames), device="meta")
+
+
+def _sound(config: Any) -> Tensor:
+    if hasattr(config, "num_mel_bins"):  # a spectrogram by its time
+        return torch.empty((1, config.max_length, config.num_mel_bins), device="meta")
+    return torch.empty((1, 16000), device="meta")
+
+
+_INPUTS: dict[str, Callable[[Any], Tensor]] = {
+    "input_ids": _ids,
+    "decoder_input_ids": _ids,
+    "pixel_values": _pixels,
+    "input_features": _spectrum,
+    "input_values": _sound,
+}
+
+
+def eager(config: Any, copies: dict[int, Any]) -> Any:
+    """A copy of a model's configuration that asks for plain torch; the same one for the same
+    configuration and ``copies``, the memo of deepcopy.
+    """
+    copied = copy.deepcopy(config, copies)
+    for name, value in (
+        ("_attn_implementation", "eager"),
+        ("_experts_implementation", "batched_mm"),
+    ):
+        if hasattr(copied, name):
+            setattr(copied, name, value)
+    return copied

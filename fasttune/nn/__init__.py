@@ -2,6 +2,7 @@
 the modules that they replace."""
 
 from fasttune.nn.bottleneck import BottleneckAdapter
+from fasttune.nn.conv_adapter import ConvAdapter
 from fasttune.nn.lora import LoraLinear
 from fasttune.nn.loss import LinearCrossEntropyLoss
 from fasttune.nn.mlp import MLP, GatedMLP
@@ -12,6 +13,7 @@ from fasttune.nn.reft import LoReft
 __all__ = [
     "MLP",
     "BottleneckAdapter",
+    "ConvAdapter",
     "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropyLoss",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fasttune
 from fasttune import adapters
+from fasttune.adapters import _sites
 from fasttune.testing.families import FAMILIES, Family
 
 EXPERTS = {"mixtral", "qwen3_moe", "gpt_oss"}
@@ -123,7 +124,7 @@ def test_adapter_plus_takes_and_replaces_the_output_of_a_block(name: str) -> Non
         torch.testing.assert_close(after[key], x + adapter.scale * adapter.up(inner))
 
 
-@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn", "adapter_plus"])
+@pytest.mark.parametrize("placement", _sites.PLACEMENTS[1:])
 @pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
 def test_copies_and_checkpointing_give_the_same_numbers(family: Family, placement: str) -> None:
     model = family.build().eval()
@@ -141,7 +142,7 @@ def test_copies_and_checkpointing_give_the_same_numbers(family: Family, placemen
         torch.testing.assert_close(model.get_parameter(key).grad, grad)
 
 
-@pytest.mark.parametrize("placement", ["seq_bn", "double_seq_bn", "par_bn", "adapter_plus"])
+@pytest.mark.parametrize("placement", _sites.PLACEMENTS)
 def test_activate_stack_and_deactivate_choose_what_is_applied(placement: str) -> None:
     family = BY_NAME["llama"]
     model = family.build().eval()
@@ -171,6 +172,7 @@ def test_activate_stack_and_deactivate_choose_what_is_applied(placement: str) ->
 _FRESH = """
 import sys, torch
 from fasttune import adapters
+from fasttune.adapters import _sites
 from fasttune.testing.families import FAMILIES
 family = next(f for f in FAMILIES if f.name == "llama")
 model = family.build().eval()
@@ -233,7 +235,7 @@ def test_generate_uses_the_adapter() -> None:
     assert torch.equal(logits.argmax(-1), cached[:, ids.shape[1] :])
 
 
-@pytest.mark.parametrize("placement", ["double_seq_bn", "par_bn", "adapter_plus"])
+@pytest.mark.parametrize("placement", _sites.PLACEMENTS[1:])
 @pytest.mark.parametrize("first", ["patch", "add"])
 @pytest.mark.parametrize("family", SOME, ids=lambda f: f.name)
 def test_a_patched_model_applies_the_adapters(family: Family, first: str, placement: str) -> None:

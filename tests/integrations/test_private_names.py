@@ -31,6 +31,24 @@ def test_torch() -> None:
     assert not _torch.in_functorch()
 
 
+def test_fake_tensors_run_and_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with _torch.fake_tensors(_torch.FakeTensorMode(allow_non_fake_inputs=True)):
+        assert (torch.empty(2, 3) @ torch.ones(3, 4)).shape == (2, 4)
+        with pytest.raises(Exception, match="BF16"):
+            torch._grouped_mm(torch.empty(2, 2, 8), torch.empty(2, 8, 8))
+    assert "grouped_mm" not in caplog.text
+
+
+def test_transformers_configurations_choose_implementations() -> None:
+    from fasttune.integrations import transformers as integration
+
+    config = tiny_llama().config
+    config._attn_implementation = "sdpa"
+    copied = integration.eager(config, {})
+    assert copied._attn_implementation == "eager" and config._attn_implementation == "sdpa"
+    assert copied._experts_implementation == "batched_mm"
+
+
 def test_what_is_left_for_the_end_of_a_backward_runs_there() -> None:
     events: list[str] = []
     first = torch.ones(2, requires_grad=True)
