@@ -35,11 +35,6 @@ __device__ __forceinline__ void store_run(T* data, int64_t first, int64_t numel,
   }
 }
 
-template <typename T>
-__device__ __forceinline__ bool is_aligned(const T* data) {
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
-}
-
 // Whether this thread block is the last of `count` to come here; the counter is 0 again then, and
 // what the others stored before is visible.
 __device__ __forceinline__ bool is_last_block(int* counter, int count) {

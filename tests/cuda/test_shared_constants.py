@@ -112,6 +112,14 @@ def test_philox() -> None:
     assert constant(header, "kPhiloxRounds") in reference
 
 
+def test_limits_of_a_group_of_lora_branches() -> None:
+    header, tables = CUDA / "lora.cuh", (KERNELS / "lora_tables.py").read_text()
+    limits = re.search(r"GROUP_BRANCHES, GROUP_RANKS = (\d+), (\d+)", tables)
+    assert limits is not None
+    found = [constant(header, name) for name in ("kGroupBranches", "kGroupRanks")]
+    assert found == [int(limit) for limit in limits.groups()]
+
+
 def test_codes_of_dtypes_and_activations() -> None:
     dtypes = enumerators(COMMON / "dtype.h", "DType")
     assert {getattr(torch, words(k).replace("_", "")): v for k, v in dtypes.items()} == DTYPE_CODES
