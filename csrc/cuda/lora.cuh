@@ -48,11 +48,49 @@ struct LoraUp {
   DType dtype;
 };
 
+struct LoraGradientBranch {
+  const float* d;       // [M, R]
+  const void* a;        // [R, K]; null for lora_weight_gradient
+  const int64_t* seed;  // 0-d, or null: no dropout
+  int rank;
+  uint32_t threshold, stream;
+};
+
+// dx [M, K] = sum_j keep_j * (d_j A_j).
+struct LoraInputGradient {
+  void* dx;
+  int64_t rows, cols, dx_stride;
+  uint64_t row_offset;
+  int count;
+  LoraGradientBranch branches[kGroupBranches];
+  DType dtype;
+};
+
+// dA_j [R_j, K] fp32 = d_j^T (x * keep_j), one after the other in out. And, transposed, dB [N, R] =
+// dy^T t, with dy for x, t for d and N for K.
+struct LoraWeightGradient {
+  const void* x;  // [M, K]
+  float* out;
+  float* partial;  // [splits, K sum R_j], overwritten; null if there is one split
+  int64_t rows, cols, x_stride;
+  int64_t rows_per_split;  // a multiple of 32
+  int64_t splits;
+  uint64_t row_offset;
+  int count;
+  bool transposed;
+  LoraGradientBranch branches[kGroupBranches];
+  DType dtype;
+};
+
 void launch_lora_down(const LoraDown& args, Stream stream);
 void launch_lora_up(const LoraUp& args, Stream stream);
+void launch_lora_input_gradient(const LoraInputGradient& args, Stream stream);
+void launch_lora_weight_gradient(const LoraWeightGradient& args, Stream stream);
 
-// The first pass of launch_lora_down for one element type, a source each: lora_down_<type>.cu.
+// Their first pass for one element type, a source each.
 template <typename T>
 void launch_lora_down_of(const LoraDown& args, Stream stream);
+template <typename T>
+void launch_lora_weight_gradient_of(const LoraWeightGradient& args, Stream stream);
 
 }  // namespace fasttune::cuda

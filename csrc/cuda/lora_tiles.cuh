@@ -36,6 +36,20 @@ struct SharedTile {
     }
   }
 
+  // The way back, for what fill would copy.
+  template <int Rows, int Threads>
+  static __device__ __forceinline__ void drain(const T* tile, T* matrix, int64_t stride,
+                                               int64_t row, int64_t row_end, int64_t col,
+                                               int64_t col_end) {
+    for (int i = threadIdx.x; i < Rows * kChunks; i += Threads) {
+      const int r = i / kChunks, chunk = i % kChunks;
+      const int64_t c = col + chunk * kChunk;
+      if (row + r < row_end && c < col_end)  // a Pack would be copied word by word
+        *reinterpret_cast<uint4*>(matrix + (row + r) * stride + c) =
+            *reinterpret_cast<const uint4*>(tile + offset(r, chunk));
+    }
+  }
+
   // A of a product: rows [row, row + 16), columns of chunks [chunk, chunk + 2) for 16-bit types.
   static __device__ __forceinline__ void load_lhs(uint32_t (&out)[4], const T* tile, int row,
                                                   int chunk) {

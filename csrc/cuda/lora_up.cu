@@ -67,14 +67,8 @@ __global__ void __launch_bounds__(kThreads) lora_up_kernel(LoraUp args) {
     }
   }
   __syncthreads();
-  T* y = static_cast<T*>(args.y);
-  for (int i = threadIdx.x; i < kRows * Staged::kChunks; i += kThreads) {
-    const int r = i / Staged::kChunks, chunk = i % Staged::kChunks;
-    const int64_t c = col + chunk * Staged::kChunk;
-    if (row + r < args.rows && c < args.cols)
-      store_pack(y + (row + r) * args.y_stride + c,
-                 load_pack<Staged::kChunk>(bs + Staged::offset(r, chunk)));
-  }
+  Staged::template drain<kRows, kThreads>(bs, static_cast<T*>(args.y), args.y_stride, row,
+                                          args.rows, col, args.cols);
 }
 
 }  // namespace

@@ -181,6 +181,130 @@ def test_the_schedule_changes_no_bit(kernels: cuda_on_host.Kernels) -> None:
         assert torch.equal(y, up(kernels, t, b, None, seed=seed))
 
 
+def input_gradient(
+    kernels: cuda_on_host.Kernels, own: Group, ds: Sequence[Tensor], seed: int = 0
+) -> Tensor:
+    rows, cols = own.x.shape
+    dx = torch.full((rows, cols + 8), torch.nan, dtype=own.x.dtype)
+    given = list(zip(ds, own.a, own.seeds, strict=True))
+    addresses = [[0 if p is None else p.data_ptr() for p in branch] for branch in given]
+    numbers = [[a.shape[0], own.thresholds[j], 7 * j] for j, a in enumerate(own.a)]
+    kernels(
+        "lora_input_gradient", dx, rows, cols, cols + 8, own.row_offset, CODES[dx.dtype], len(ds),
+        torch.tensor(addresses), torch.tensor(numbers), seed=seed,
+        reachable=[p for branch in given for p in branch if p is not None],
+    )  # fmt: skip
+    assert dx[:, cols:].isnan().all()
+    return dx[:, :cols]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "cols", "ranks"),
+    [(5, 40, [8]), (70, 72, [16, 4]), (9, 136, [40]), (17, 64, [16, 8, 16])],
+    ids=str,
+)
+def test_input_gradient_matches_the_reference(
+    kernels: cuda_on_host.Kernels,
+    rows: int,
+    cols: int,
+    ranks: list[int],
+    dtype: torch.dtype,
+    p: float,
+) -> None:
+    own = group(rows, cols, ranks, dtype, p)
+    own.row_offset = (1 << 32) - 3
+    ds = [normal(rows, rank, dtype=F32, seed=j) for j, rank in enumerate(ranks)]
+    stock, truth = (
+        sum(
+            _dropout.keep_mask(
+                own.seeds[j], own.thresholds[j], rows, cols, branch=7 * j, row_offset=own.row_offset
+            )
+            * (d.to(wide) @ own.a[j].to(wide))
+            for j, d in enumerate(ds)
+        )
+        for wide in (F32, torch.float64)
+    )
+    assert isinstance(stock, Tensor) and isinstance(truth, Tensor)
+    ours = input_gradient(kernels, own, ds, seed=rows)
+    numerics.check("dx", ours, stock.to(dtype), truth)
+    assert torch.equal(ours, input_gradient(kernels, own, ds, seed=rows + 1))
+
+
+def weight_gradient(
+    kernels: cuda_on_host.Kernels,
+    own: Group,
+    ds: Sequence[Tensor],
+    rows_per_split: int = 1 << 20,
+    transposed: bool = False,
+    seed: int = 0,
+) -> list[Tensor]:
+    rows, cols = own.x.shape
+    ranks = [d.shape[1] for d in ds]
+    sizes, splits = [rank * cols for rank in ranks], -(-rows // rows_per_split)
+    out = torch.full((sum(sizes),), torch.nan)
+    partial = torch.full((splits, sum(sizes)), torch.nan) if splits > 1 else None
+    addresses = [
+        [d.data_ptr(), 0, 0 if s is None else s.data_ptr()]
+        for d, s in zip(ds, own.seeds, strict=True)
+    ]
+    numbers = [[rank, own.thresholds[j], 7 * j] for j, rank in enumerate(ranks)]
+    kernels(
+        "lora_weight_gradient", own.x, out, partial, rows, cols, own.x.stride(0), rows_per_split,
+        splits, own.row_offset, CODES[own.x.dtype], len(ds), transposed, torch.tensor(addresses),
+        torch.tensor(numbers), seed=seed,
+        reachable=[*ds, *(s for s in own.seeds if s is not None)],
+    )  # fmt: skip
+    shapes = [(cols, rank) if transposed else (rank, cols) for rank in ranks]
+    return [part.view(shape) for part, shape in zip(out.split(sizes), shapes, strict=True)]
+
+
+def check_weight_gradient(ours: Sequence[Tensor], own: Group, ds: Sequence[Tensor]) -> None:
+    rows, cols = own.x.shape
+    for j, d in enumerate(ds):
+        keep = _dropout.keep_mask(
+            own.seeds[j], own.thresholds[j], rows, cols, branch=7 * j, row_offset=own.row_offset
+        )
+        stock, truth = (d.to(wide).t() @ (own.x.to(wide) * keep) for wide in (F32, torch.float64))
+        numerics.check(f"dA {j}", ours[j], stock, truth)
+
+
+@pytest.mark.parametrize("rows_per_split", [32, 1 << 20])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "cols", "ranks"),
+    [(5, 40, [8]), (70, 72, [16, 4]), (40, 136, [40]), (17, 64, [16, 8, 16]), (33, 64, [20])],
+    ids=str,
+)
+def test_weight_gradient_matches_the_reference(
+    kernels: cuda_on_host.Kernels,
+    rows: int,
+    cols: int,
+    ranks: list[int],
+    dtype: torch.dtype,
+    p: float,
+    rows_per_split: int,
+) -> None:
+    own = group(rows, cols, ranks, dtype, p, gap=8)
+    own.row_offset = (1 << 32) - 3
+    ds = [normal(rows, rank, dtype=F32, seed=j) for j, rank in enumerate(ranks)]
+    ours = weight_gradient(kernels, own, ds, rows_per_split, seed=rows)
+    check_weight_gradient(ours, own, ds)
+    again = weight_gradient(kernels, own, ds, rows_per_split, seed=rows + 1)
+    assert all(map(torch.equal, ours, again))
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_weight_gradient_as_columns(kernels: cuda_on_host.Kernels, dtype: torch.dtype) -> None:
+    """dB = dy^T t."""
+    own = group(40, 72, [24], dtype)
+    t = normal(40, 24, dtype=F32)
+    (db,) = weight_gradient(kernels, own, [t], 32, transposed=True)
+    check_weight_gradient([db.t()], own, [t])
+
+
 def up(
     kernels: cuda_on_host.Kernels, t: Tensor, b: Tensor, bias: Tensor | None, seed: int = 0
 ) -> Tensor:
