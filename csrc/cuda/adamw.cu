@@ -1,322 +1,28 @@
-#include "cuda/adamw.cuh"
-#include "cuda/adamw_storage.cuh"
-#include "cuda/reduce.cuh"
+#include "cuda/adamw_runs.cuh"
 
-// Floor: a step reads gradient, parameter and two moments and writes three of them, 28 bytes an
-// fp32 element, against about 30 operations; a norm reads 4. Memory binds both. A thread block has
-// one block of a tensor, so the order of every sum depends on the shapes alone.
+// Floor: a norm reads 4 bytes an fp32 element, so memory binds it.
 namespace fasttune::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kStride = kThreads * kRun;  // elements at a time; a warp has one scale's
-
-// kRun elements from `first` on; zeros (or `rest`) beyond numel.
-template <typename T>
-__device__ __forceinline__ void load_run(const T* data, int64_t first, int64_t numel, bool whole,
-                                         T rest, T (&out)[kRun]) {
-  if (whole) {
-    const Pack<T, kRun> pack = load_pack<kRun>(data + first);
-    for (int i = 0; i < kRun; ++i) out[i] = pack.values[i];
-  } else {
-    for (int i = 0; i < kRun; ++i) out[i] = first + i < numel ? data[first + i] : rest;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ void store_run(T* data, int64_t first, int64_t numel, bool whole,
-                                          const T (&in)[kRun]) {
-  if (whole) {
-    Pack<T, kRun> pack;
-    for (int i = 0; i < kRun; ++i) pack.values[i] = in[i];
-    store_pack(data + first, pack);
-  } else {
-    for (int i = 0; i < kRun; ++i)
-      if (first + i < numel) data[first + i] = in[i];
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ bool is_aligned(const T* data) {
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
-}
-
-// Whether this thread block is the last of `count` to come here; the counter is 0 again then, and
-// what the others stored before is visible.
-__device__ __forceinline__ bool is_last_block(int* counter, int count) {
-  __shared__ int last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(counter, 1) == count - 1;
-    if (last) *counter = 0;
-  }
-  __syncthreads();
-  __threadfence();
-  return last != 0;
-}
-
-// Sum of every `stride`-th of partial[0 .. count * stride) in fp64, by thread 0 of the block, in
-// fixed order: the threads' own sums one after the other.
-__device__ __forceinline__ double ordered_sum(const float* partial, int64_t count, int64_t stride) {
-  __shared__ double sums[kThreads];
-  double own = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) own += partial[i * stride];
-  __syncthreads();  // the readers of an earlier sum are done
-  sums[threadIdx.x] = own;
-  __syncthreads();
-  double total = 0.0;
-  if (threadIdx.x == 0)
-    for (int i = 0; i < kThreads; ++i) total += sums[i];
-  return total;
-}
-
 template <typename G>
-__global__ void __launch_bounds__(kThreads) grad_norm_kernel(SumOfSquares args) {
+__global__ void __launch_bounds__(kAdamWThreads) grad_norm_kernel(SumOfSquares args) {
   const AdamWBlock block = args.blocks[blockIdx.x];
   const AdamWAddresses& at = args.tensors[block.tensor];
   const G* grad = static_cast<const G*>(at.grad);
   const int64_t begin = block.number * kAdamWBlock;
   const bool aligned = is_aligned(grad);
   float sum = 0.0f;
-  for (int64_t at_first = begin; at_first < begin + kAdamWBlock; at_first += kStride) {
+  for (int64_t at_first = begin; at_first < begin + kAdamWBlock; at_first += kAdamWStride) {
     const int64_t first = at_first + threadIdx.x * kRun;
     G run[kRun];
     load_run(grad, first, at.numel, aligned && first + kRun <= at.numel, rounded_to<G>(0.0f), run);
     for (int i = 0; i < kRun; ++i) sum += to_float(run[i]) * to_float(run[i]);
   }
-  sum = block_sum<kThreads>(sum);
+  sum = block_sum<kAdamWThreads>(sum);
   if (threadIdx.x == 0) args.partial[blockIdx.x] = sum;
   if (!is_last_block(args.counter, static_cast<int>(args.block_count))) return;
   const double total = ordered_sum(args.partial, args.block_count, 1);
   if (threadIdx.x == 0) *args.out = total;
-}
-
-// The numbers of one tensor's step, computed by one thread and rounded once from double.
-struct Numbers {
-  float weight1, weight2, step_size, inverse_root, eps, decay, factor, unscale;
-  uint32_t stream, step;
-  bool skip;
-};
-
-// By squaring, in fp64: 1 - beta^t cancels in fp32.
-__device__ inline double power(double base, uint32_t exponent) {
-  double result = 1.0;
-  for (; exponent > 0; exponent /= 2, base *= base)
-    if (exponent % 2) result *= base;
-  return result;
-}
-
-__device__ inline Numbers numbers_of(const AdamWStep& args, const AdamWAddresses& at,
-                                     const AdamWFacts& facts) {
-  Numbers n;
-  n.unscale = args.grad_scale ? 1.0f / *args.grad_scale : 1.0f;
-  n.skip = args.found_inf && *args.found_inf != 0.0f;
-  float clip = 1.0f;
-  if (args.squares) {
-    const float norm = sqrtf(static_cast<float>(*args.squares)) * n.unscale;
-    clip = args.max_grad_norm / (norm + 1e-6f);
-    clip = clip > 1.0f ? 1.0f : clip;  // a NaN stays
-    n.skip |= args.skip_nonfinite && !is_finite(bits_of(norm));
-  }
-  n.factor = n.unscale * clip * args.sign;
-  const double lr = at.lr ? *static_cast<const float*>(at.lr) : facts.lr;
-  const double decay = at.decay ? *static_cast<const float*>(at.decay) : facts.decay;
-  const double step = at.step ? *static_cast<const float*>(at.step) : facts.step;
-  n.step = static_cast<uint32_t>(step);
-  n.stream = static_cast<uint32_t>(facts.stream);
-  n.weight1 = static_cast<float>(1.0 - facts.beta1);
-  n.weight2 = static_cast<float>(1.0 - facts.beta2);
-  n.step_size = static_cast<float>(lr / (1.0 - power(facts.beta1, n.step)));
-  n.inverse_root = static_cast<float>(1.0 / sqrt(1.0 - power(facts.beta2, n.step)));
-  n.eps = static_cast<float>(facts.eps);
-  n.decay = static_cast<float>(lr * decay);
-  return n;
-}
-
-// A moment of one thread in fp32, whatever it is stored as.
-template <Moments Kind, bool Signed>
-struct Moment {
-  void* data;
-  float* scale;  // of this thread's warp
-
-  __device__ __forceinline__ void load(int64_t first, int64_t numel, bool whole,
-                                       float (&out)[kRun]) const {
-    if constexpr (Kind == Moments::kFloat32) {
-      load_run(static_cast<const float*>(data), first, numel, whole, 0.0f, out);
-    } else if constexpr (Kind == Moments::kBFloat16) {
-      __nv_bfloat16 run[kRun];
-      load_run(static_cast<const __nv_bfloat16*>(data), first, numel, whole, bf16_of(0), run);
-      for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
-    } else {
-      uint8_t run[kRun];
-      load_run(static_cast<const uint8_t*>(data), first, numel, whole, uint8_t{0}, run);
-      const float own = first < numel ? *scale : 0.0f;
-      for (int i = 0; i < kRun; ++i) out[i] = load_code<Signed>(run[i], own);
-    }
-  }
-
-  // All lanes of a warp must call.
-  __device__ __forceinline__ void store(const RandomBits& random, int64_t first, int64_t numel,
-                                        bool whole, float (&in)[kRun]) const {
-    if constexpr (Kind == Moments::kFloat32) {
-      store_run(static_cast<float*>(data), first, numel, whole, in);
-    } else {
-      uint32_t bits[kRun];
-      random.draw(Signed ? kExpAvgBits : kExpAvgSqBits, bits);
-      if constexpr (Kind == Moments::kBFloat16) {
-        __nv_bfloat16 run[kRun];
-        for (int i = 0; i < kRun; ++i) run[i] = rounded_stochastically(in[i], bits[i]);
-        store_run(static_cast<__nv_bfloat16*>(data), first, numel, whole, run);
-      } else {
-        for (int i = 0; i < kRun; ++i)
-          if (first + i >= numel) in[i] = 0.0f;
-        uint8_t run[kRun];
-        const float largest = store_codes<Signed>(in, bits, run);
-        store_run(static_cast<uint8_t*>(data), first, numel, whole, run);
-        if (threadIdx.x % 32 == 0 && first < numel) *scale = largest;
-      }
-    }
-  }
-};
-
-// A parameter of one thread in fp32.
-template <typename P, Rounding Kind>
-struct Parameter {
-  P* data;
-  void* residue;
-
-  __device__ __forceinline__ void load(int64_t first, int64_t numel, bool whole,
-                                       float (&out)[kRun]) const {
-    P run[kRun];
-    load_run(data, first, numel, whole, rounded_to<P>(0.0f), run);
-    if constexpr (Kind == Rounding::kMaster) {
-      int16_t low[kRun];
-      load_run(static_cast<const int16_t*>(residue), first, numel, whole, int16_t{0}, low);
-      for (int i = 0; i < kRun; ++i) out[i] = load_master(run[i], low[i]);
-    } else {
-      for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
-    }
-    if constexpr (Kind == Rounding::kKahan) {
-      P rest[kRun];
-      load_run(static_cast<const P*>(residue), first, numel, whole, rounded_to<P>(0.0f), rest);
-      for (int i = 0; i < kRun; ++i) out[i] += to_float(rest[i]);
-    }
-  }
-
-  __device__ __forceinline__ void store(const RandomBits& random, int64_t first, int64_t numel,
-                                        bool whole, const float (&in)[kRun]) const {
-    P run[kRun];
-    if constexpr (Kind == Rounding::kMaster) {
-      int16_t low[kRun];
-      for (int i = 0; i < kRun; ++i) store_master(in[i], &run[i], &low[i]);
-      store_run(static_cast<int16_t*>(residue), first, numel, whole, low);
-    } else if constexpr (Kind == Rounding::kStochastic) {
-      uint32_t bits[kRun];
-      random.draw(kWeightBits, bits);
-      for (int i = 0; i < kRun; ++i) run[i] = rounded_stochastically(in[i], bits[i]);
-    } else {
-      for (int i = 0; i < kRun; ++i) run[i] = rounded_to<P>(in[i]);
-      if constexpr (Kind == Rounding::kKahan) {
-        P rest[kRun];
-        for (int i = 0; i < kRun; ++i) rest[i] = rounded_to<P>(in[i] - to_float(run[i]));
-        store_run(static_cast<P*>(residue), first, numel, whole, rest);
-      }
-    }
-    store_run(data, first, numel, whole, run);
-  }
-};
-
-// Two thread blocks a multiprocessor keep 64 KB of loads in flight; with room for three, the
-// compiler spills.
-template <typename P, typename G, Moments M, Rounding R>
-__global__ void __launch_bounds__(kThreads, 2) adamw_kernel(AdamWStep args) {
-  const AdamWBlock block = args.blocks[blockIdx.x];
-  const AdamWAddresses& at = args.tensors[block.tensor];
-  __shared__ Numbers shared_numbers;
-  if (threadIdx.x == 0) shared_numbers = numbers_of(args, at, args.facts[block.tensor]);
-  __syncthreads();
-  const Numbers n = shared_numbers;
-  const G* grad = static_cast<const G*>(at.grad);
-  const Parameter<P, R> param{static_cast<P*>(at.param), at.residue};
-  const int64_t begin = block.number * kAdamWBlock,
-                scales = (at.numel + kQuantised - 1) / kQuantised;
-  const bool aligned = is_aligned(grad) && is_aligned(at.param) && is_aligned(at.exp_avg) &&
-                       is_aligned(at.exp_avg_sq) && is_aligned(at.max_exp_avg_sq) &&
-                       is_aligned(at.residue);
-  float grads = 0.0f, updates = 0.0f, params = 0.0f;
-  for (int64_t stretch = begin; !n.skip && stretch < begin + kAdamWBlock; stretch += kStride) {
-    const int64_t first = stretch + threadIdx.x * kRun, numel = at.numel;
-    const bool whole = aligned && first + kRun <= numel;
-    const int64_t warp = first / kQuantised;
-    const RandomBits random{args.seed, n.stream, n.step, static_cast<uint32_t>(first / kRun)};
-    const Moment<M, true> exp_avg{at.exp_avg, at.scales + warp};
-    const Moment<M, false> exp_avg_sq{at.exp_avg_sq, at.scales + scales + warp};
-    G raw[kRun];
-    float p[kRun], m[kRun], v[kRun];
-    load_run(grad, first, numel, whole, rounded_to<G>(0.0f), raw);
-    param.load(first, numel, whole, p);
-    exp_avg.load(first, numel, whole, m);
-    exp_avg_sq.load(first, numel, whole, v);
-    for (int i = 0; i < kRun; ++i) {
-      const float g = to_float(raw[i]) * n.factor;
-      m[i] += (g - m[i]) * n.weight1;
-      v[i] += (g * g - v[i]) * n.weight2;
-    }
-    float kept[kRun];
-    for (int i = 0; i < kRun; ++i) kept[i] = v[i];
-    if (at.max_exp_avg_sq) {
-      const Moment<M, false> top{at.max_exp_avg_sq, nullptr};
-      if constexpr (M != Moments::k8Bit) {
-        float old[kRun];
-        top.load(first, numel, whole, old);
-        for (int i = 0; i < kRun; ++i) v[i] = old[i] > v[i] ? old[i] : v[i];
-        top.store(random, first, numel, whole, v);
-      }
-    }
-    for (int i = 0; i < kRun; ++i) {
-      if (first + i >= numel) continue;
-      const float root = sqrtf(v[i]) * n.inverse_root + n.eps;
-      const float down = m[i] * n.step_size / root + p[i] * n.decay;
-      p[i] -= down;
-      grads += to_float(raw[i]) * to_float(raw[i]);
-      updates += down * down;
-      params += p[i] * p[i];
-    }
-    param.store(random, first, numel, whole, p);
-    exp_avg.store(random, first, numel, whole, m);
-    exp_avg_sq.store(random, first, numel, whole, kept);
-  }
-  const float sums[3] = {block_sum<kThreads>(grads), block_sum<kThreads>(updates),
-                         block_sum<kThreads>(params)};
-  if (threadIdx.x == 0)
-    for (int k = 0; k < 3; ++k) args.partial[blockIdx.x * 3 + k] = sums[k];
-  if (!is_last_block(args.counters + block.tensor, block.count)) return;
-  const float* mine = args.partial + (blockIdx.x - block.number) * 3;
-  for (int k = 0; k < 3; ++k) {
-    const double total = ordered_sum(mine + k, block.count, 3);
-    if (threadIdx.x != 0) continue;
-    const float norm = sqrtf(static_cast<float>(total)) * (k == 0 ? n.unscale : 1.0f);
-    args.norms[block.tensor * 3 + k] = n.skip ? float_of(0x7fc00000u) : norm;
-  }
-}
-
-template <typename P, Rounding R>
-void launch_with_rounding(const AdamWStep& args, Stream stream) {
-  const auto go = [&](auto kernel) {
-    launch(kernel, dim3(static_cast<unsigned>(args.block_count)), dim3(kThreads), 0, stream, args);
-  };
-  with_element_or_float<P>(args.grad_type == DType::kFloat32, [&](auto g) {
-    using G = decltype(g);
-    switch (args.moments) {
-      case Moments::kFloat32:
-        return go(adamw_kernel<P, G, Moments::kFloat32, R>);
-      case Moments::kBFloat16:
-        return go(adamw_kernel<P, G, Moments::kBFloat16, R>);
-      case Moments::k8Bit:
-        return go(adamw_kernel<P, G, Moments::k8Bit, R>);
-    }
-  });
 }
 
 }  // namespace
@@ -325,26 +31,22 @@ void launch_grad_norm(const SumOfSquares& args, Stream stream) {
   if (args.block_count == 0) return;
   with_element(args.grad_type, [&](auto g) {
     launch(grad_norm_kernel<decltype(g)>, dim3(static_cast<unsigned>(args.block_count)),
-           dim3(kThreads), 0, stream, args);
+           dim3(kAdamWThreads), 0, stream, args);
   });
 }
 
 void launch_adamw(const AdamWStep& args, Stream stream) {
   if (args.block_count == 0) return;
-  with_element(args.param_type, [&](auto p) {
-    using P = decltype(p);
-    if (args.rounding == Rounding::kKahan)
-      return launch_with_rounding<P, Rounding::kKahan>(args, stream);
-    if constexpr (sizeof(P) == 2) {
-      if (args.param_type == DType::kBFloat16) {
-        if (args.rounding == Rounding::kMaster)
-          return launch_with_rounding<__nv_bfloat16, Rounding::kMaster>(args, stream);
-        if (args.rounding == Rounding::kStochastic)
-          return launch_with_rounding<__nv_bfloat16, Rounding::kStochastic>(args, stream);
-      }
-    }
-    launch_with_rounding<P, Rounding::kNearest>(args, stream);
-  });
+  switch (args.rounding) {
+    case Rounding::kNearest:
+      return launch_adamw_with<Rounding::kNearest>(args, stream);
+    case Rounding::kMaster:
+      return launch_adamw_with<Rounding::kMaster>(args, stream);
+    case Rounding::kStochastic:
+      return launch_adamw_with<Rounding::kStochastic>(args, stream);
+    case Rounding::kKahan:
+      return launch_adamw_with<Rounding::kKahan>(args, stream);
+  }
 }
 
 }  // namespace fasttune::cuda

@@ -43,4 +43,8 @@ struct AdamWStep {
 void launch_grad_norm(const SumOfSquares& args, Stream stream);
 void launch_adamw(const AdamWStep& args, Stream stream);
 
+// launch_adamw for one way of storing the parameters, a source each: adamw_<rounding>.cu.
+template <Rounding R>
+void launch_adamw_with(const AdamWStep& args, Stream stream);
+
 }  // namespace fasttune::cuda

@@ -12,31 +12,6 @@ namespace fasttune::cuda {
 constexpr int kRun = 8;
 static_assert(kRun * 32 == kQuantised);
 
-__device__ __forceinline__ uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  return bits;
-}
-__device__ __forceinline__ float float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
-}
-__device__ __forceinline__ bool is_finite(uint32_t bits) {
-  return (bits & 0x7f800000u) != 0x7f800000u;
-}
-__device__ __forceinline__ __nv_bfloat16 bf16_of(uint32_t upper) {
-  const uint16_t bits = static_cast<uint16_t>(upper);
-  __nv_bfloat16 value;
-  memcpy(&value, &bits, 2);
-  return value;
-}
-__device__ __forceinline__ uint32_t upper_of(__nv_bfloat16 value) {
-  uint16_t bits;
-  memcpy(&bits, &value, 2);
-  return bits;
-}
-
 struct RandomBits {
   uint64_t seed;
   uint32_t stream, step;

@@ -26,6 +26,32 @@ __device__ __forceinline__ __half rounded_to<__half>(float value) {
   return __float2half_rn(value);
 }
 
+// The bits of fp32 and bf16, whose patterns are the upper halves of fp32's.
+__device__ __forceinline__ uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+__device__ __forceinline__ float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+__device__ __forceinline__ bool is_finite(uint32_t bits) {
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+__device__ __forceinline__ __nv_bfloat16 bf16_of(uint32_t upper) {
+  const uint16_t bits = static_cast<uint16_t>(upper);
+  __nv_bfloat16 value;
+  memcpy(&value, &bits, 2);
+  return value;
+}
+__device__ __forceinline__ uint32_t upper_of(__nv_bfloat16 value) {
+  uint16_t bits;
+  memcpy(&bits, &value, 2);
+  return bits;
+}
+
 constexpr int kVectorBytes = 16;  // the widest access of a thread to memory
 
 template <typename T, int N>
@@ -41,6 +67,11 @@ __device__ __forceinline__ Pack<T, N> load_pack(const T* address) {
 template <int N, typename T>
 __device__ __forceinline__ void store_pack(T* address, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(address) = pack;
+}
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
 }
 
 // Whether every row starts at a multiple of 16 bytes; a null pointer is no obstacle.

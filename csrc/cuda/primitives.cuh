@@ -65,10 +65,18 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 }
 #endif
 
+// sm_75 has neither cp.async nor these products of 16-bit types: a kernel with them is compiled for
+// it, so that every target has the same kernels, and traps.
+#if !defined(FASTTUNE_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define FASTTUNE_BEFORE_SM80
+#endif
+
 // Starts a copy of 16 bytes from global to shared memory, past the registers.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
 #if defined(FASTTUNE_EMULATE)
   ::emulator::copy_async(shared, global, 16);
+#elif defined(FASTTUNE_BEFORE_SM80)
+  __trap();
 #else
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -78,6 +86,8 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
 __device__ __forceinline__ void copy_async_commit() {
 #if defined(FASTTUNE_EMULATE)
   ::emulator::copy_async_commit();
+#elif defined(FASTTUNE_BEFORE_SM80)
+  __trap();
 #else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -89,6 +99,8 @@ template <int GroupsLeft>
 __device__ __forceinline__ void copy_async_wait() {
 #if defined(FASTTUNE_EMULATE)
   ::emulator::copy_async_wait(GroupsLeft);
+#elif defined(FASTTUNE_BEFORE_SM80)
+  __trap();
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory");
 #endif
@@ -109,6 +121,31 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* r
 #else
   const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+#endif
+}
+
+// The same of the transposed matrices: a lane gets elements lane / 4 of rows 2 (lane % 4) and the
+// next.
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&out)[4], const void* row) {
+#if defined(FASTTUNE_EMULATE)
+  const auto rows = ::emulator::exchange(~0u, &row, sizeof row, EMULATOR_SITE);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    out[matrix] = 0;
+    for (int i = 0; i < 2; ++i) {
+      const void* from;
+      uint16_t whole[8];
+      __builtin_memcpy(&from, rows.bytes[matrix * 8 + ::emulator::here.lane % 4 * 2 + i],
+                       sizeof from);
+      ::emulator::read_shared(from, whole, sizeof whole);
+      out[matrix] |= static_cast<uint32_t>(whole[::emulator::here.lane / 4]) << 16 * i;
+    }
+  }
+#else
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(from)
                : "memory");
@@ -152,6 +189,8 @@ __device__ __forceinline__ void multiply_16x8x16(float (&c)[4], const uint32_t (
                                                  const uint32_t (&b)[2], __nv_bfloat16) {
 #if defined(FASTTUNE_EMULATE)
   multiply_fragments<__nv_bfloat16>(c, a, b);
+#elif defined(FASTTUNE_BEFORE_SM80)
+  __trap();
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -165,6 +204,8 @@ __device__ __forceinline__ void multiply_16x8x16(float (&c)[4], const uint32_t (
                                                  const uint32_t (&b)[2], __half) {
 #if defined(FASTTUNE_EMULATE)
   multiply_fragments<__half>(c, a, b);
+#elif defined(FASTTUNE_BEFORE_SM80)
+  __trap();
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "

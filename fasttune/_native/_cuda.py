@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -53,14 +53,19 @@ def cuda_emulated() -> bool:
     return emulator is not None
 
 
-def launch(name: str, device: torch.device, *args: Argument) -> None:
+def launch(
+    name: str, device: torch.device, *args: Argument, reachable: Sequence[Tensor] = ()
+) -> None:
     """Queue launcher ``name`` of csrc/bind_cuda.cpp on the current stream of ``device``.
+
+    Args:
+        reachable: tensors whose addresses stand in a table; the emulator checks accesses.
 
     Raises:
         RuntimeError: it cannot be launched; the message has the reason of the CUDA runtime.
     """
     if emulator is not None:
-        return emulator(name, *args)
+        return emulator(name, *args, reachable=reachable)
     addresses = [_address(arg) for arg in args]
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream

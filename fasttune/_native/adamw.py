@@ -15,8 +15,7 @@ from fasttune_kernels.adamw_tables import ADDRESSES, MOMENTS, ROUNDINGS
 def sums_of_squares(grads: Sequence[Tensor]) -> Tensor:
     """[n] float64: the sum of squares of each gradient; all of one dtype, dense."""
     count = len(grads)
-    columns = [[], _addresses(grads), [], [], [], [], [], _sizes(grads)]
-    table = _interleaved(columns, count)
+    table = address_table([(), grads], list(map(Tensor.numel, grads)))
     out = torch.empty(count, dtype=torch.float64)
     code = DTYPE_CODES[grads[0].dtype]
     cpu().sums_of_squares(table.buffer_info()[0], count, code, out.data_ptr(), threads())
@@ -43,8 +42,7 @@ def adamw_step(
     """
     count = len(params)
     operands = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, scales)
-    columns = [_addresses(tensors) for tensors in operands]
-    table = _interleaved([*columns, _sizes(params)], count)
+    table = address_table(operands, list(map(Tensor.numel, params)))
     norms = torch.empty(count, 3, dtype=torch.float64)
     cpu().adamw_step(
         table.buffer_info()[0],
@@ -62,19 +60,17 @@ def adamw_step(
     return norms
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def _sizes(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.numel, tensors))
-
-
-def _interleaved(columns: Sequence[Sequence[int]], rows: int) -> array[int]:
-    """The first columns of a table as its rows; 0 where a column is empty or missing."""
-    width = len(ADDRESSES)
-    table = array("q", bytes(8 * width * rows))
-    for index, column in enumerate(columns):
-        if column:
-            table[index::width] = array("q", column)
+def address_table(
+    operands: Sequence[Sequence[Tensor]],
+    sizes: Sequence[int],
+    scalars: Sequence[Sequence[Tensor]] = (),
+) -> array[int]:
+    """The rows of the table, flat; ``scalars`` are the columns after numel. 0 where none is."""
+    width, middle = len(ADDRESSES), ADDRESSES.index("numel")
+    table = array("q", bytes(8 * width * len(sizes)))
+    table[middle::width] = array("q", sizes)
+    for first, lists in ((0, operands), (middle + 1, scalars)):
+        for column, tensors in enumerate(lists, start=first):
+            if tensors:
+                table[column::width] = array("q", map(Tensor.data_ptr, tensors))
     return table

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry
-from fasttune.ops import _adamw_reference, _triton
+from fasttune._native import adamw_cuda
+from fasttune.ops import _adamw_reference, _support, _triton
 from fasttune.ops._arguments import KERNEL_DTYPES
 
 SUM_OF_SQUARES = _registry.define(
@@ -54,6 +55,23 @@ def _on_triton(*args: Any) -> str | None:
     return _triton.why_not(args[0][:1]) or _why_not(args)
 
 
+def _squares_on_cuda(grads: Sequence[Tensor]) -> str | None:
+    return _support.why_not_cuda(grads[:1])
+
+
+def _step_on_cuda(*args: Any) -> str | None:
+    """Why the CUDA C++ kernels cannot take the arguments of a step, or None."""
+    params, grads, moments, tops = (args[i][:1] for i in (0, 1, 2, 4))
+    reason = _support.why_not_cuda((*params, *grads))
+    if reason is not None:
+        return reason
+    if grads[0].dtype not in (params[0].dtype, torch.float32):
+        return f"it takes grads in params' {params[0].dtype} or fp32, got {grads[0].dtype}"
+    if tops and moments[0].dtype == torch.uint8:
+        return "it takes max_exp_avg_sqs with fp32 or bf16 moments, got 8-bit ones"
+    return None
+
+
 @SUM_OF_SQUARES.backend("reference", lambda *args: None)
 def _squares_reference(grads: Sequence[Tensor]) -> Tensor:
     return _adamw_reference.sum_of_squares(grads)
@@ -68,6 +86,11 @@ def _squares_cpu(grads: Sequence[Tensor]) -> Tensor:
 def _squares_triton(grads: Sequence[Tensor]) -> Tensor:
     squares: Tensor = _triton.kernels("adamw").sum_of_squares(grads)
     return squares
+
+
+@SUM_OF_SQUARES.backend("cuda", _squares_on_cuda)
+def _squares_cuda(grads: Sequence[Tensor]) -> Tensor:
+    return adamw_cuda.sum_of_squares(grads)
 
 
 @STEP.backend("reference", lambda *args: None)
@@ -131,3 +154,9 @@ def _step_triton(*args: Any) -> Tensor:
     exp_avgs = args[2]
     norms: Tensor = _triton.kernels("adamw").adamw_step(*args, moments=_MOMENTS[exp_avgs[0].dtype])
     return norms
+
+
+@STEP.backend("cuda", _step_on_cuda)
+def _step_cuda(*args: Any) -> Tensor:
+    exp_avgs = args[2]
+    return adamw_cuda.adamw_step(*args, moments=_MOMENTS[exp_avgs[0].dtype])

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
 @pytest.fixture(scope="session")
 def kernels() -> cuda_on_host.Kernels:
-    sources = [ROOT / "tests/cuda/adamw_entry.cu", ROOT / "csrc/cuda/adamw.cu"]
+    sources = [ROOT / "tests/cuda/adamw_entry.cu", *sorted(ROOT.glob("csrc/cuda/adamw*.cu"))]
     return cuda_on_host.Kernels(cuda_on_host.build(sources, ROOT / "csrc"))
 
 

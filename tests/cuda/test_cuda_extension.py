@@ -18,6 +18,7 @@ triton = pytest.importorskip("triton")
 missing = _native.cuda_not_built()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+LORA = ("lora_down", "lora_up", "lora_input_gradient", "lora_weight_gradient")
 STATIC_SHARED_LIMIT = 48 * 1024  # of a block, on every target, without asking for more
 
 
@@ -46,7 +47,8 @@ def resources() -> list[tuple[str, str, dict[str, int]]]:
 def test_every_target_has_every_kernel() -> None:
     kernels = {target: {k for t, k, _ in resources() if t == target} for target in TARGETS}
     assert {t for t, _, _ in resources()} == set(TARGETS)
-    for name in ("rms_norm_fwd", "rms_norm_bwd", "glu_fwd", "glu_bwd", "adamw", "grad_norm"):
+    names = ("rms_norm_fwd", "rms_norm_bwd", "glu_fwd", "glu_bwd", "adamw", "grad_norm")
+    for name in (*names, *LORA):
         assert any(f"{name}_kernel" in kernel for kernel in kernels["sm_75"]), name
     assert all(own == kernels["sm_75"] for own in kernels.values())
     assert " ".join(TARGETS) == _native.cuda().TARGETS
@@ -79,6 +81,25 @@ def test_vectorised_kernels_access_16_bytes_at_a_time(target: str) -> None:
         assert bool(wide["STG"]) == (not scalar), (kernel, counts)
         checked += 1
     assert checked > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_75"])
+def test_lora_kernels_use_tensor_cores_and_copy_past_the_registers(target: str) -> None:
+    checked = 0
+    text = cuobjdump("-sass", "-arch", target)
+    for kernel, body in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.S):
+        if not any(f"{name}_kernel" in kernel for name in LORA):
+            continue
+        for instruction in (
+            r"HMMA\.16816\.F32",
+            r"LDGSTS\.\S*128",
+            r"LDSM\.16\.MT?88\.4",
+            r"STG\.\S*128",
+        ):
+            assert re.search(instruction, body), (kernel, instruction)
+        checked += 1
+    assert checked == 34
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")

@@ -11,13 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasttune import _native
+from fasttune import BackendError, _native
 from fasttune.ops import _adamw_storage as storage
 from fasttune.ops.adamw import adamw_step, sum_of_squares
+from fasttune.testing import cuda_on_host
 from fasttune.testing.conformance import backend
 from fasttune_kernels import adamw_tables as tables
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+needs_emulator = pytest.mark.skipif(
+    cuda_on_host.compiler_missing() is not None, reason="the emulator needs g++"
+)
+KERNELS = ["reference", "cpu", "triton", pytest.param("cuda", marks=needs_emulator)]
 BUILDS = [f"cpu:{isa}" for isa in _native.cpu().isa_available().split(",")]
 SHAPES = ((576, 16), (9000,), (37,), (1,), (300,), (2048,), (3, 0))
 MOMENTS = {"fp32": FP32, "bf16": BF16, "8bit": torch.uint8}
@@ -136,6 +141,31 @@ def test_triton_interpreter_matches_reference(
     dtype: torch.dtype, moments: str, rounding: str, amsgrad: bool
 ) -> None:
     check_equal("triton", 2, dtype, moments, rounding, amsgrad)
+
+
+@needs_emulator
+@pytest.mark.parametrize(("dtype", "moments", "rounding", "amsgrad"), FORMATS, ids=ids)
+def test_cuda_on_the_emulator_matches_reference(
+    dtype: torch.dtype, moments: str, rounding: str, amsgrad: bool
+) -> None:
+    check_equal("cuda", 2, dtype, moments, rounding, amsgrad)
+
+
+@needs_emulator
+def test_cuda_gives_a_reason_for_what_it_does_not_take() -> None:
+    run = Run(shapes=((8,),))
+    with (
+        backend("cuda"),
+        pytest.raises(BackendError, match=r"it takes grads in params' .*bfloat16"),
+    ):
+        run.step([torch.ones(8).bfloat16()])
+    small = Run(BF16, "8bit", shapes=((8,),))
+    small.top = small.zeros(torch.uint8)
+    with backend("cuda"), pytest.raises(BackendError, match="max_exp_avg_sqs with fp32 or bf16"):
+        small.step()
+    wide = [torch.ones(3, dtype=FP64)]
+    with backend("cuda"), pytest.raises(BackendError, match=r"fp16, got .*float64"):
+        sum_of_squares(wide)
 
 
 def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +289,8 @@ def test_codes_are_relative_to_their_block(signed: bool) -> None:
 
 def test_random_bits_are_the_same_in_every_backend() -> None:
     results = []
-    for name in ("reference", *BUILDS, "triton"):
+    emulated = [] if cuda_on_host.compiler_missing() else ["cuda"]
+    for name in ("reference", *BUILDS, "triton", *emulated):
         run = Run(BF16, "fp32", "stochastic", shapes=((300,), (2048,)), decay=0.0)
         with backend(name):
             run.step([torch.ones(300).bfloat16(), torch.ones(2048).bfloat16()])
@@ -268,7 +299,7 @@ def test_random_bits_are_the_same_in_every_backend() -> None:
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_seed_step_and_stream_change_the_random_bits(name: str) -> None:
     def params(seed: int, time: int, stream: int) -> Tensor:
         param, grad = torch.ones(512).bfloat16(), torch.ones(512).bfloat16()
@@ -301,7 +332,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_clipping_and_unscaling_are_torchs(name: str) -> None:
     run, scaled = Run(shapes=((300,), (5, 7))), Run(shapes=((300,), (5, 7)))
     grads = [run.random(shape) for shape in run.shapes]
@@ -323,7 +354,7 @@ def test_clipping_and_unscaling_are_torchs(name: str) -> None:
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("why", ["found_inf", "skip_nonfinite"])
 def test_a_skipped_step_changes_nothing(name: str, why: str) -> None:
     run = Run(BF16, "8bit", "master")
@@ -341,7 +372,7 @@ def test_a_skipped_step_changes_nothing(name: str, why: str) -> None:
     assert norms[:-1].isnan().all()  # the last tensor is empty
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_gradient_that_is_not_finite_reaches_its_parameter(name: str) -> None:
     run = Run(shapes=((300,), (5,)))
     grads = [run.random(shape) for shape in run.shapes]
@@ -355,7 +386,7 @@ def test_a_gradient_that_is_not_finite_reaches_its_parameter(name: str) -> None:
     assert run.params[1].isnan().all()  # as clip_grad_norm_: the norm is NaN
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_scalars_may_lie_on_the_device(name: str) -> None:
     host, device = Run(decay=0.3), Run(decay=99.0)
     grads = [host.random(shape) for shape in host.shapes]
@@ -381,7 +412,7 @@ def test_maximize_climbs() -> None:
     assert all(torch.equal(p, q) for p, q in zip(down.params, up.params, strict=True))
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_sum_of_squares_is_that_of_fp64(name: str, dtype: torch.dtype) -> None:
     run = Run(dtype, shapes=((9000,), (1,), (37,), (0,), (20000,)))

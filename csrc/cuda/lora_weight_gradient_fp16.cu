@@ -1,0 +1,4 @@
+#include "cuda/lora_weight_gradient.cuh"
+
+template void fasttune::cuda::launch_lora_weight_gradient_of<__half>(const LoraWeightGradient& args,
+                                                                     Stream stream);
