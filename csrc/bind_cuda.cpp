@@ -1,9 +1,14 @@
 // The extension module fasttune._cuda: addresses, sizes and codes in, no logic. _native validates.
 // Arguments in the order of the structs of csrc/cuda, the stream last.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
 
 #include "cuda/adamw.cuh"
 #include "cuda/glu.cuh"
+#include "cuda/lora.cuh"
 #include "cuda/rms_norm.cuh"
 
 namespace py = pybind11;
@@ -17,6 +22,28 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 Stream stream(uintptr_t handle) { return reinterpret_cast<Stream>(handle); }
+
+// A branch: addresses, then numbers, in the order of its struct.
+using DownBranch = std::tuple<uintptr_t, uintptr_t, uintptr_t, float, int, uint32_t, uint32_t>;
+using GradientBranch = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, uint32_t, uint32_t>;
+
+LoraDownBranch as_struct(const DownBranch& b) {
+  const auto [a, scale_tensor, seed, scale, rank, threshold, stream] = b;
+  return {pointer(a), pointer<float>(scale_tensor), pointer<int64_t>(seed), scale, rank, threshold,
+          stream};
+}
+LoraGradientBranch as_struct(const GradientBranch& b) {
+  const auto [d, a, seed, rank, threshold, stream] = b;
+  return {pointer<float>(d), pointer(a), pointer<int64_t>(seed), rank, threshold, stream};
+}
+
+template <typename Args, typename Branch>
+Args with_branches(Args args, const std::vector<Branch>& branches) {
+  if (branches.size() > kGroupBranches) throw std::invalid_argument("more than kGroupBranches");
+  args.count = static_cast<int>(branches.size());
+  for (size_t j = 0; j < branches.size(); ++j) args.branches[j] = as_struct(branches[j]);
+  return args;
+}
 
 }  // namespace
 
@@ -99,6 +126,66 @@ PYBIND11_MODULE(_cuda, m) {
                       max_grad_norm, sign, skip_nonfinite, seed, DType(param_type),
                       DType(grad_type), Moments(moments), Rounding(rounding)},
                      stream(handle));
+      },
+      release());
+
+  m.def(
+      "lora_down",
+      [](uintptr_t x, uintptr_t t, uintptr_t partial, int64_t rows, int64_t cols, int64_t x_stride,
+         int64_t cols_per_split, int64_t splits, bool transposed,
+         const std::vector<DownBranch>& branches, int dtype, uintptr_t handle) {
+        const LoraDown args{pointer(x),
+                            pointer<float>(t),
+                            pointer<float>(partial),
+                            rows,
+                            cols,
+                            x_stride,
+                            cols_per_split,
+                            splits,
+                            0,
+                            0,
+                            transposed,
+                            {},
+                            DType(dtype)};
+        launch_lora_down(with_branches(args, branches), stream(handle));
+      },
+      release());
+  m.def(
+      "lora_up",
+      [](uintptr_t t, uintptr_t b, uintptr_t bias, uintptr_t y, int64_t rows, int64_t cols,
+         int64_t rank, int64_t y_stride, int dtype, uintptr_t handle) {
+        launch_lora_up({pointer<float>(t), pointer(b), pointer<float>(bias), pointer(y), rows, cols,
+                        rank, y_stride, DType(dtype)},
+                       stream(handle));
+      },
+      release());
+  m.def(
+      "lora_input_gradient",
+      [](uintptr_t dx, int64_t rows, int64_t cols, int64_t dx_stride,
+         const std::vector<GradientBranch>& branches, int dtype, uintptr_t handle) {
+        const LoraInputGradient args{pointer(dx), rows, cols, dx_stride, 0, 0, {}, DType(dtype)};
+        launch_lora_input_gradient(with_branches(args, branches), stream(handle));
+      },
+      release());
+  m.def(
+      "lora_weight_gradient",
+      [](uintptr_t x, uintptr_t out, uintptr_t partial, int64_t rows, int64_t cols,
+         int64_t x_stride, int64_t rows_per_split, int64_t splits, bool transposed,
+         const std::vector<GradientBranch>& branches, int dtype, uintptr_t handle) {
+        const LoraWeightGradient args{pointer(x),
+                                      pointer<float>(out),
+                                      pointer<float>(partial),
+                                      rows,
+                                      cols,
+                                      x_stride,
+                                      rows_per_split,
+                                      splits,
+                                      0,
+                                      0,
+                                      transposed,
+                                      {},
+                                      DType(dtype)};
+        launch_lora_weight_gradient(with_branches(args, branches), stream(handle));
       },
       release());
 }

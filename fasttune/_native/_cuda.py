@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# A tensor stands for its address, None for a null pointer.
-Argument = Tensor | int | float | None
+# A tensor stands for its address, None for a null pointer, a list for the branches of a group.
+Argument = Tensor | int | float | Sequence[tuple[int | float, ...]] | None
 
 # fasttune.testing puts the emulator here, which takes the launches on CPU tensors.
 emulator: Callable[..., None] | None = None
@@ -72,7 +72,7 @@ def launch(
         getattr(cuda(), name)(*addresses, stream)
 
 
-def _address(arg: Argument) -> int | float:
+def _address(arg: Argument) -> Argument:
     if isinstance(arg, Tensor):
         return arg.data_ptr()
     return 0 if arg is None else arg

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttune import _registry
+from fasttune import _native, _registry
+from fasttune._native import lora_cuda
 from fasttune.ops import _lora_linear_reference, _support
 from fasttune.ops._arguments import accumulator
 from fasttune.ops._lora_linear_products import Needs, backward_with, first_given, forward_with
@@ -83,3 +85,59 @@ BACKWARD = _registry.define(
 _support.register_lora_backends(
     FORWARD, BACKWARD, forward_with, backward_with, _lora_linear_reference
 )
+
+
+def _forward_on_cuda(
+    x: Tensor, weights: Any, biases: Any, a: Sequence[Tensor], b: Sequence[Tensor], *rest: Any
+) -> str | None:
+    missing = _support.why_not_cuda((x, *biases, *a, *b))
+    if missing is not None:
+        return missing
+    *_, counts, _, dtype, bases, _ = rest
+    if any(base is not None for base in bases):
+        return "it takes layers with a weight, got the output of a base"
+    return _why_not_cuda((x, *a, *b), a, b, counts, dtype)
+
+
+def _backward_on_cuda(
+    dys: Sequence[Tensor | None], x: Tensor | None, weights: Any, a: Sequence[Tensor],
+    b: Sequence[Tensor], *rest: Any,
+) -> str | None:  # fmt: skip
+    missing = _support.why_not_cuda((x, *dys, *a, *b))
+    if missing is not None:
+        return missing
+    *_, counts, _, dtype, _, _ = rest
+    return _why_not_cuda((x, *dys, *a, *b), a, b, counts, dtype)
+
+
+def _why_not_cuda(
+    operands: Sequence[Tensor | None],
+    a: Sequence[Tensor],  # [R, K]
+    b: Sequence[Tensor],  # [N, R]
+    counts: Sequence[int],
+    dtype: torch.dtype,
+) -> str | None:
+    """Why the CUDA C++ kernels cannot take such branches, or None."""
+    given = [tensor for tensor in operands if tensor is not None]
+    others = [t.dtype for t in given if t.dtype != dtype or dtype == torch.float32]
+    if others:
+        return f"it takes x, A and B all in bf16 or all in fp16, got {others[0]}"
+    if max(counts, default=0) > 1:
+        return f"it takes one adapter a layer, got {max(counts)}"
+    for factor in a:
+        if factor.shape[0] % lora_cuda.MULTIPLE or factor.shape[0] > lora_cuda.MAX_RANK:
+            return (
+                f"it takes ranks that are multiples of {lora_cuda.MULTIPLE} up to "
+                f"{lora_cuda.MAX_RANK}, got {factor.shape[0]}"
+            )
+    for width in (*(factor.shape[1] for factor in a), *(factor.shape[0] for factor in b)):
+        if width % lora_cuda.MULTIPLE:
+            return f"it takes features in multiples of {lora_cuda.MULTIPLE}, got {width}"
+    device = given[0].device
+    if not _native.cuda_emulated() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it takes GPUs from sm_80 on, got {torch.cuda.get_device_name(device)}"
+    return None
+
+
+FORWARD.backend("cuda", _forward_on_cuda)(partial(forward_with, lora_cuda))
+BACKWARD.backend("cuda", _backward_on_cuda)(partial(backward_with, lora_cuda))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native
+from fasttune._native import lora_cuda
 from fasttune.ops import _dropout, _gemm, _triton
 from fasttune.ops._arguments import accumulator
 
@@ -140,9 +141,9 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
     return ys, ts
 
 
-def _group() -> ModuleType:
-    """The kernels that take all branches of a group at once; the C++ ones take one at a time."""
-    return _triton.kernels("lora_group")
+def _group(prims: ModuleType) -> ModuleType:
+    """The kernels that take all branches of a group at once; those of a CPU take one at a time."""
+    return prims if prims is lora_cuda else _triton.kernels("lora_group")
 
 
 def _owners(counts: Sequence[int]) -> list[int]:
@@ -173,7 +174,9 @@ def _down(
 ) -> list[Tensor]:
     """t of every branch, in one pass over x where the backend can."""
     if prims is not _native:
-        ts: list[Tensor] | None = _group().lora_down_group(x, a, scales, scaling_tensors, draws)
+        ts: list[Tensor] | None = _group(prims).lora_down_group(
+            x, a, scales, scaling_tensors, draws
+        )
         if ts is not None:
             return ts
     return [
@@ -193,7 +196,7 @@ def _up(
     """bias + t B^T in ``dtype`` of the chosen projections."""
     if prims is not _native and len(chosen) > 1:
         lists = ([items[i] for i in chosen] for items in (ts, bs, biases))
-        ys = _group().lora_up_group(*lists, out_dtype=dtype)
+        ys = _group(prims).lora_up_group(*lists, out_dtype=dtype)
         if ys is not None:
             return dict(zip(chosen, ys, strict=True))
     return {i: prims.lora_up(ts[i], bs[i], biases[i], out_dtype=dtype) for i in chosen}
@@ -258,7 +261,7 @@ def _up_backward(
     both = all((need.x or need.a[j]) and need.b[j] for j in alive)
     if both and len(alive) > 1 and prims is not _native:
         lists = ([items[j] for j in alive] for items in (dys, ts, b, scales, scaling_tensors))
-        grouped = _group().lora_up_backward_group(*lists)
+        grouped = _group(prims).lora_up_backward_group(*lists)
         if grouped is not None:
             for j, db in zip(alive, grouped[1], strict=True):
                 dbs[j] = db
@@ -350,7 +353,7 @@ def _down_backward_group(
     if len(ds) < 2 or len(wanted) != 1 or prims is _native:
         return None
     need_da = wanted.pop()
-    grouped = _group().lora_down_backward_group(
+    grouped = _group(prims).lora_down_backward_group(
         list(ds.values()),
         [a[j] for j in ds],
         x,

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fasttune.ops import _dropout
+from fasttune._native import lora_cuda
+from fasttune.ops import LoraBranch, LoraProjection, _dropout, lora_linear_group
 from fasttune.testing import cuda_on_host, numerics
+from fasttune.testing.conformance import backend
 
 ROOT = Path(__file__).parents[2]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -349,6 +352,47 @@ def test_up_rounds_no_operand(kernels: cuda_on_host.Kernels, dtype: torch.dtype)
     exact = product(t, b, None, torch.float64)
     assert exact.abs().min() > 2**-21
     assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs()).all()
+
+
+def grouped(name: str, ranks: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """The outputs of a group with dropout, then the gradients of x and of every A and B."""
+    x = normal(2, 19, 48, dtype=dtype).requires_grad_()
+    leaves, projections = [x], []
+    for j, rank in enumerate(ranks):
+        a = (normal(rank, 48, dtype=dtype, seed=j) / 7).requires_grad_()
+        b = (normal(40, rank, dtype=dtype, seed=j) / 4).requires_grad_()
+        weight = normal(40, 48, dtype=dtype, seed=j) / 7
+        leaves += [a, b]
+        branch = LoraBranch(a, b, 1.5, dropout_p=0.2)
+        projections.append(LoraProjection(weight, None, (branch,)))
+    with backend(name):
+        ys = lora_linear_group(x, projections, seed=torch.tensor(-5))
+        dys = [normal(*y.shape, dtype=dtype, seed=9 + j) for j, y in enumerate(ys)]
+        return [*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)]
+
+
+# Three branches of 16 are one kernel, of 24 they are not.
+@pytest.mark.parametrize("ranks", [(8, 16, 8), (24, 24, 24), (8, 32)], ids=str)
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_the_backend_takes_groups(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, ranks: tuple[int, ...]
+) -> None:
+    launched: list[tuple[str, int]] = []
+    real = lora_cuda.launch
+
+    def launch(name: str, *args: Any, **options: Any) -> None:
+        launched.append((name, max((len(arg) for arg in args if isinstance(arg, list)), default=1)))
+        real(name, *args, **options)
+
+    monkeypatch.setattr(lora_cuda, "launch", launch)
+    ours, reference = grouped("cuda", ranks, dtype), grouped("reference", ranks, dtype)
+    for j, (mine, theirs) in enumerate(zip(ours, reference, strict=True)):
+        # Both sum in fp32; the outputs and dx have a vendor product that rounds once more.
+        allowed = 2 * torch.finfo(dtype).eps * float(theirs.double().abs().max())
+        assert numerics.largest_error(mine, theirs) <= allowed, j
+    widest = len(ranks) if ranks != (24, 24, 24) else 1
+    for name in ("lora_down", "lora_input_gradient", "lora_weight_gradient"):
+        assert max(size for own, size in launched if own == name) == widest, name
 
 
 def test_memory_outside_the_tensors_is_an_error(kernels: cuda_on_host.Kernels) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fasttune._native import lora_cuda
 from fasttune._native._extension import DTYPE_CODES
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune_kernels import adamw_tables
@@ -118,6 +119,7 @@ def test_limits_of_a_group_of_lora_branches() -> None:
     assert limits is not None
     found = [constant(header, name) for name in ("kGroupBranches", "kGroupRanks")]
     assert found == [int(limit) for limit in limits.groups()]
+    assert found == [lora_cuda._GROUP_BRANCHES, lora_cuda._GROUP_RANKS]
 
 
 def test_codes_of_dtypes_and_activations() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fasttune.ops import LoraBranch, LoraProjection, _dropout, lora_linear_group
-from fasttune.testing.conformance import Call, Case
+from fasttune.testing.conformance import WITH_CUDA, WITHOUT_CUDA, Call, Case
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -124,12 +124,31 @@ def _build(setting: Setting, device: str) -> Call:
 
 _BASE = Setting()
 _MIXED = Setting(x=BF16, weight=BF16, adapter=FP32)
+_BF16 = Setting(x=BF16, weight=BF16, adapter=BF16)
+_FP16 = Setting(x=FP16, weight=FP16, adapter=FP16)
+
+# The CUDA C++ kernels take everything in one 16-bit dtype, and multiples of 8.
+OF_CUDA: dict[str, Setting] = {
+    "bf16": _BF16,
+    "fp16": _FP16,
+    "bf16-dropout": replace(_BF16, dropout=0.1, ranks=(16,)),
+    "bf16-biases": replace(_BF16, bias=True, lora_bias=True, scaling_tensor=True),
+    "fp16-scaling-tensor": replace(_FP16, scaling_tensor=True, ranks=(24,)),
+    "bf16-frozen-a": replace(_BF16, frozen="a0", dropout=0.1),
+    "bf16-frozen-b": replace(_BF16, frozen="b0", dropout=0.1),
+    "bf16-input-without-gradient": replace(_BF16, frozen="x"),
+    "bf16-trained-base": replace(_BF16, train_weight=True),
+    "bf16-one-dimensional": replace(_BF16, lead=()),
+    "bf16-empty": replace(_BF16, lead=(0, 7), dropout=0.1),
+    "bf16-strided": replace(_BF16, strided=True, dropout=0.1),
+    "bf16-in-splits": replace(_BF16, lead=(70,), features=1088, ranks=(64,)),
+    "fp16-many-rows": replace(_FP16, lead=(600,), outputs=72, ranks=(16,), dropout=0.05),
+}
 
 SETTINGS: dict[str, Setting] = {
     # The precision table of docs/precision.md, one row each.
     "fp32": _BASE,
-    "bf16": replace(_BASE, x=BF16, weight=BF16, adapter=BF16),
-    "fp16": replace(_BASE, x=FP16, weight=FP16, adapter=FP16),
+    **OF_CUDA,
     "bf16-base-fp32-adapter": _MIXED,
     "fp16-base-fp32-adapter": replace(_BASE, x=FP16, weight=FP16),
     "fp32-base-bf16-adapter": replace(_BASE, adapter=BF16),
@@ -183,7 +202,12 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(f"lora_linear-{name}", "lora_linear", partial(_build, setting))
+    Case(
+        f"lora_linear-{name}",
+        "lora_linear",
+        partial(_build, setting),
+        backends=WITH_CUDA if name in OF_CUDA else WITHOUT_CUDA,
+    )
     for name, setting in SETTINGS.items()
 ]
 CASES.append(
