@@ -21,8 +21,8 @@ FILES = (
     *("test_custom_models.py", "test_mixed.py", "test_lorafa.py", "test_loraplus.py"),
     *("test_bdlora.py", "test_velora.py"),
 )
-# What concerns LoRA and (IA)^3 in files about all methods.
-SELECTED = "(lora and not adalora) or ia3"
+# What concerns LoRA, its relatives and (IA)^3 in files about all methods.
+SELECTED = "lora or ia3 or (vera and not pvera)"
 LEAST_PASSED = 6000
 
 
@@ -89,6 +89,15 @@ WRONG = {
         "right = peft.branches\n"
         "peft.branches = lambda layer: tuple(\n"
         "    dataclasses.replace(branch, scaling=branch.scaling * 2) for branch in right(layer)\n"
+        ")\n"
+    ),
+    "vera": (
+        "import dataclasses\n"
+        "import patched_models\n"
+        "from fasttune.integrations import peft_lowrank\n"
+        "right = peft_lowrank.branches\n"
+        "peft_lowrank.branches = lambda layer: tuple(\n"
+        "    dataclasses.replace(branch, scaling=2.0) for branch in right(layer)\n"
         ")\n"
     ),
     "ia3": (
