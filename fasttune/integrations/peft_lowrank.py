@@ -1,16 +1,18 @@
-"""PEFT's VeRA and AdaLoRA layers as LoRA with scaled ranks and outputs. The only file that reads
-their attributes.
+"""PEFT's VeRA, AdaLoRA and DeLoRA layers as LoRA with scaled ranks and outputs. The only file that
+reads their attributes.
 
     VeRA     y += lambda_b (lambda_d (x A^T) B^T)        A and B frozen, shared by all layers
     AdaLoRA  y += scaling / (ranknum + 1e-5) x (E A)^T B^T
+    DeLoRA   y += (lambda / (r |A| |B|) ((x w) A^T)) B^T   norms of each rank, w of the base weight
 
-Read from PEFT 0.21 (``peft/tuners/vera/layer.py``, ``adalora/layer.py``);
+Read from PEFT 0.21 (``peft/tuners/vera/layer.py``, ``adalora/layer.py``, ``delora/layer.py``);
 tests/integrations/test_private_names.py fails loudly when it moves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,52 +24,114 @@ from fasttune.integrations import peft, peft_linear
 from fasttune.ops import LoraBranch, LoraProjection
 from fasttune.reason import Reason
 
-_VERA = ("peft.tuners.vera.layer", "Linear")
-_ADALORA = ("peft.tuners.adalora.layer", "SVDLinear")
-_TITLES = {"vera": "VeRA", "adalora": "AdaLoRA"}
-_RANKNUM_EPS = 1e-5
+
+@dataclass(frozen=True)
+class _Method:
+    """One method as its linear layer has it.
+
+    Attributes:
+        title: as it is written.
+        tensors: attributes that hold, by adapter, A, B and what scales them.
+        dropout: attribute that holds the dropouts.
+        branch: (layer, adapter, tensors, dropout's probability) to what is computed.
+        casts: the input is cast to the dtype of the adapter.
+        returns_input_dtype: the last line casts to the dtype of x, under autocast too.
+    """
+
+    title: str
+    tensors: tuple[str, ...]
+    dropout: str
+    branch: Callable[[Any, str, Sequence[Tensor], float], LoraBranch]
+    casts: bool
+    returns_input_dtype: bool
+
+
+def _vera(layer: Any, adapter: str, tensors: Sequence[Tensor], p: float) -> LoraBranch:
+    a, b, lambda_d, lambda_b = tensors
+    a, b = a[:, : layer.in_features], b[: layer.out_features]
+    return LoraBranch(a, b, 1.0, None, p, rank_scale=lambda_d, out_scale=lambda_b)
+
+
+def _adalora(layer: Any, adapter: str, tensors: Sequence[Tensor], p: float) -> LoraBranch:
+    a, b, e, ranknum = tensors
+    # PEFT trains ranknum where it has cast the adapter: its gradient goes through these R numbers.
+    scaling = layer.scaling[adapter] / (ranknum.float() + 1e-5)
+    return LoraBranch(a, b, 1.0, None, p, rank_scale=e.float().flatten() * scaling)
+
+
+def _delora(layer: Any, adapter: str, tensors: Sequence[Tensor], p: float) -> LoraBranch:
+    a, b, strength, w_norm = tensors
+    norms = [f.float().norm(dim=d).clamp(min=1e-4) for f, d in ((a, 1), (b, 0))]
+    scale = strength.float() / layer.r[adapter] / (norms[0] * norms[1])
+    return LoraBranch(a.float() * w_norm.float(), b, 1.0, None, p, rank_scale=scale)
+
+
+_METHODS = {
+    ("peft.tuners.vera.layer", "Linear"): _Method(
+        "VeRA",
+        ("vera_A", "vera_B", "vera_lambda_d", "vera_lambda_b"),
+        "vera_dropout",
+        _vera,
+        casts=True,
+        returns_input_dtype=True,
+    ),
+    ("peft.tuners.adalora.layer", "SVDLinear"): _Method(
+        "AdaLoRA",
+        ("lora_A", "lora_B", "lora_E", "ranknum"),
+        "lora_dropout",
+        _adalora,
+        casts=True,
+        returns_input_dtype=False,
+    ),
+    ("peft.tuners.delora.layer", "DeloraLinear"): _Method(
+        "DeLoRA",
+        ("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
+        "delora_dropout",
+        _delora,
+        casts=False,
+        returns_input_dtype=True,
+    ),
+}
 
 
 def lowrank_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every VeRA and AdaLoRA layer of any type in the model."""
+    """Every layer of these methods, of any type, in the model."""
     for name, module in model.named_modules():
         if is_lowrank(module):
             yield name, module
 
 
 def is_lowrank(module: nn.Module) -> bool:
-    """True for PEFT's VeRA and AdaLoRA layers of any type."""
+    """True for PEFT's layers of these methods, of any type."""
     if not peft.loaded():
         return False
     from peft.tuners.adalora.layer import AdaLoraLayer
+    from peft.tuners.delora.layer import DeloraLayer
     from peft.tuners.vera.layer import VeraLayer
 
-    return isinstance(module, (AdaLoraLayer, VeraLayer))
+    return isinstance(module, (AdaLoraLayer, DeloraLayer, VeraLayer))
 
 
 def is_linear_like(layer_class: type[nn.Module]) -> bool:
     """True for exactly the layers whose output is that of their base plus the branches; AdaLoRA's
     around quantised bases and convolutions have forwards of their own.
     """
-    return _key(layer_class) in (_VERA, _ADALORA)
+    return (layer_class.__module__, layer_class.__qualname__) in _METHODS
 
 
-def _key(layer_class: type) -> tuple[str, str]:
-    return layer_class.__module__, layer_class.__qualname__
-
-
-def _is_vera(layer: nn.Module) -> bool:
-    return _key(type(layer)) == _VERA  # a swapped class keeps its names
+def _method(layer: nn.Module) -> _Method:
+    return _METHODS[type(layer).__module__, type(layer).__qualname__]  # a swap keeps the names
 
 
 def title(layer: nn.Module) -> str:
     """The method as it is written: "VeRA"."""
-    return _TITLES[peft.method_of(layer)]
+    titles = {key[0].split(".")[2]: method.title for key, method in _METHODS.items()}
+    return titles[peft.method_of(layer)]
 
 
 def returns_input_dtype(layer: nn.Module) -> bool:
-    """True for VeRA, which ends in a cast to the dtype of x, under autocast too."""
-    return _is_vera(layer)
+    """True where the layer ends in a cast to the dtype of x, under autocast too."""
+    return _method(layer).returns_input_dtype
 
 
 def why_original(layer: Any, x: Tensor) -> Reason | None:
@@ -99,29 +163,29 @@ def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
         return Reason(peft.NO_ADAPTER, expected=True)
     if len(dtypes) > 1:
         return Reason("active adapters differ in dtype")
-    casts = getattr(layer, "cast_input_dtype_enabled", True)
-    if not casts and dtypes != {x.dtype} and _torch.autocast_dtype(x.device.type) is None:
+    if _torch.autocast_dtype(x.device.type) is not None:
+        return None
+    (dtype,) = dtypes
+    if dtype != x.dtype and not getattr(layer, "cast_input_dtype_enabled", True):
         return Reason("input casting is disabled and the adapter has another dtype")
+    if not _method(layer).casts and torch.promote_types(x.dtype, dtype) != dtype:
+        return Reason(f"PEFT does not cast an input of {x.dtype} to the adapter's {dtype}")
     return None
 
 
 def _active(layer: Any) -> list[str]:
-    known = layer.vera_lambda_d if _is_vera(layer) else layer.lora_A
+    known = getattr(layer, _method(layer).tensors[2])
     return [adapter for adapter in layer.active_adapters if adapter in known]
 
 
 def _tensors(layer: Any, adapter: str) -> list[Tensor]:
     """A, B and what scales them, as PEFT stores them."""
-    if _is_vera(layer):
-        groups = (layer.vera_A, layer.vera_B, layer.vera_lambda_d, layer.vera_lambda_b)
-    else:
-        groups = (layer.lora_A, layer.lora_B, layer.lora_E, layer.ranknum)
-    return [group[adapter] for group in groups]
+    return [getattr(layer, name)[adapter] for name in _method(layer).tensors]
 
 
 def dropouts(layer: Any) -> nn.ModuleDict:
     """The dropout of every adapter."""
-    modules: nn.ModuleDict = layer.vera_dropout if _is_vera(layer) else layer.lora_dropout
+    modules: nn.ModuleDict = getattr(layer, _method(layer).dropout)
     return modules
 
 
@@ -142,11 +206,5 @@ def branches(layer: Any) -> tuple[LoraBranch, ...]:
 
 
 def _branch(layer: Any, adapter: str) -> LoraBranch:
-    a, b, rank_scale, last = _tensors(layer, adapter)
     p = peft_linear.dropout_p(dropouts(layer)[adapter])
-    if _is_vera(layer):
-        a, b = a[:, : layer.in_features], b[: layer.out_features]
-        return LoraBranch(a, b, 1.0, None, p, rank_scale=rank_scale, out_scale=last)
-    # PEFT trains ranknum where it has cast the adapter: its gradient goes through these R numbers.
-    scaling = layer.scaling[adapter] / (last.float() + _RANKNUM_EPS)
-    return LoraBranch(a, b, 1.0, None, p, rank_scale=rank_scale.float().flatten() * scaling)
+    return _method(layer).branch(layer, adapter, _tensors(layer, adapter), p)

@@ -12,7 +12,8 @@ Maths, for projection i with branches j (an active adapter each), products accum
     dbias_i = sum_m dy_i,  dlora_bias_ij = s_ij dbias_i
 
 A branch may scale its ranks and outputs by trained vectors: then B_ij above is out_scale B
-rank_scale, formed for each pass and never kept (_lora_scales.py). VeRA and AdaLoRA are that.
+rank_scale, formed for each pass and never kept (_lora_scales.py). VeRA, AdaLoRA and DeLoRA are
+that.
 
 A projection whose output got no gradient takes no part in backward: its parameters get none.
 

@@ -192,8 +192,8 @@ def _nothing_to_patch(session: Session) -> None:
     model, strict = session.model, session.strict
     reasons = sorted(set(session.skipped.values()))
     detail = "; ".join(reasons) or (
-        "no layer of LoRA, VeRA, AdaLoRA or (IA)^3, causal language model, norm, gated MLP, "
-        "activation or attention was found (call fasttune.patch after get_peft_model)"
+        "no layer of LoRA, VeRA, AdaLoRA, DeLoRA or (IA)^3, causal language model, norm, gated "
+        "MLP, activation or attention was found (call fasttune.patch after get_peft_model)"
     )
     message = f"fasttune.patch found nothing to fuse in {type(model).__name__}: {detail}"
     if strict:

@@ -1,4 +1,6 @@
-"""The fused forward of PEFT's VeRA and AdaLoRA layers: LoRA with scaled ranks and outputs."""
+"""The fused forward of PEFT's VeRA, AdaLoRA and DeLoRA layers: LoRA with scaled ranks and
+outputs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _HIGH_RANK = Reason("the original forward is as fast for VeRA of this rank", exp
 
 
 def patch_layers(session: Session) -> None:
-    """Swap every VeRA and AdaLoRA layer on a linear base; the others are named in the report."""
+    """Swap every layer of these methods on a linear base; the others are named in the report."""
     for name, layer in peft_lowrank.lowrank_layers(session.model):
         original = swap.original_class(layer)
         if not session.chosen(name):

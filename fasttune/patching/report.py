@@ -13,7 +13,7 @@ from fasttune.patching import engine, groups, state
 
 _TITLES = {
     "lora": "LoRA layers",
-    "lowrank": "VeRA and AdaLoRA layers",
+    "lowrank": "VeRA, AdaLoRA, DeLoRA layers",
     "experts": "LoRA on experts",
     "ia3": "(IA)^3 layers",
     "tokens": "trainable tokens",

@@ -245,7 +245,7 @@ def _rounding_noise(model: nn.Module) -> Iterator[Callable[[], float]]:
 
 
 def _rounded_to(layer: nn.Module, output: Tensor) -> torch.dtype:
-    """The dtype that the values of an output were rounded to: VeRA returns autocast's in x's."""
+    """The dtype that an output's values were rounded to: some layers return autocast's in x's."""
     autocast = _torch.autocast_dtype(output.device.type)
     wider = lowrank.KIND in swap.kinds_of(layer) and peft_lowrank.returns_input_dtype(layer)
     return autocast if wider and autocast is not None else output.dtype

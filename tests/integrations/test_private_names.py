@@ -265,8 +265,8 @@ def test_trainer_saves_and_loads_checkpoints_by_these_names() -> None:
     assert "state.best_model_checkpoint" in inspect.getsource(Trainer._load_best_model)
 
 
-def test_peft_vera_and_adalora() -> None:
-    from peft import AdaLoraConfig, VeraConfig
+def test_peft_vera_adalora_and_delora() -> None:
+    from peft import AdaLoraConfig, DeloraConfig, VeraConfig
 
     common = ("base_layer", "in_features", "out_features", "active_adapters", "disable_adapters",
               "merged")  # fmt: skip
@@ -290,6 +290,18 @@ def test_peft_vera_and_adalora() -> None:
             ),
         ),
     }
+    expected[DeloraConfig] = (
+        ("delora_A", "delora_B", "delora_lambda", "delora_w_norm", "delora_dropout", "r"),
+        (
+            "linear(x_d * self.delora_w_norm[adapter], self.delora_A[adapter])",
+            "An = torch.clamp(self.delora_A[adapter].norm(dim=1), min=1e-4)",
+            "Bn = torch.clamp(self.delora_B[adapter].norm(dim=0), min=1e-4)",
+            "scaling = (self.delora_lambda[adapter] / self.r[adapter]) / (An * Bn)",
+            "h = nn.functional.linear(h, self.delora_B[adapter])",
+            "result = base_out + add_out.to(base_out.dtype)",
+            "result = result.to(previous_dtype)",
+        ),
+    )
     for config, (names, lines) in expected.items():
         options = {"total_step": 10} if config is AdaLoraConfig else {}
         model: Any = get_peft_model(tiny_llama(), config(target_modules=["k_proj"], **options))

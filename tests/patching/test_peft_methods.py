@@ -45,7 +45,7 @@ WITH_TASKS = {"MULTITASK_PROMPT_TUNING", "POLY"}
 ELSEWHERE = {"CPT", "SHADOW", "XLORA"}
 METHODS = sorted({method.value for method in PeftType} - ELSEWHERE)
 FUSED = {"LORA": "lora", "IA3": "ia3", "TRAINABLE_TOKENS": "tokens"}
-FUSED |= {"ADALORA": "lowrank", "PREFIX_TUNING": "prefix", "VERA": "lowrank"}
+FUSED |= {"ADALORA": "lowrank", "DELORA": "lowrank", "VERA": "lowrank", "PREFIX_TUNING": "prefix"}
 PROMPTS = {"CARTRIDGE", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
 TABLE = Path(__file__).parents[2] / "docs" / "peft.md"
 
