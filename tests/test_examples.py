@@ -38,18 +38,22 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(info, io.BytesIO(data))
 
 
-@pytest.fixture
-def sdist(tmp_path: Path) -> Path:
+def reviews_archive(folder: Path, ratings: str) -> Path:
     """An archive inside an archive, as vaderSentiment's sources."""
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w:gz") as archive:
         add(archive, "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt", b"other")
-        add(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", RATINGS.encode())
-    path = tmp_path / "vaderSentiment-3.3.2.tar.gz"
+        add(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", ratings.encode())
+    path = folder / "vaderSentiment-3.3.2.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         resources = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
         add(archive, resources, inner.getvalue())
     return path
+
+
+@pytest.fixture
+def sdist(tmp_path: Path) -> Path:
+    return reviews_archive(tmp_path, RATINGS)
 
 
 @pytest.fixture
@@ -204,3 +208,34 @@ def test_help_needs_no_data(name):
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0 and "--steps" in result.stdout
+
+
+def test_methods_are_compared(example, tmp_path, capfd):
+    pytest.importorskip("sklearn")
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["good", "bad", "film", "plot", "very", "not"]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=10, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    rows = [f"{i}\t{1 if i % 2 else -1}\t{words[i % 2]} {words[2 + i % 4]}" for i in range(60)]
+    archive = reviews_archive(tmp_path, "\n".join(rows) + "\n")
+    module = example("compare_methods")
+    options = ["--steps", "2", "--batch-size", "4", "--seeds", "2", "--device", "cpu"]
+    found = module.main(["--data", str(archive), "--model", str(tmp_path), *options,
+                         "--out", str(tmp_path / "figure.png")])  # fmt: skip
+    assert list(found) == list(module.METHODS) and (tmp_path / "figure.png").stat().st_size > 0
+    trained = {name: result.trained for name, result in found.items()}
+    head = 2 * 32 + 2
+    assert (
+        trained["classifier alone"]
+        == head
+        < min(count for name, count in trained.items() if name != "classifier alone")
+    )
+    assert max(trained, key=trained.__getitem__) == "full"
+    assert all(len(result.accuracies) == 2 for result in found.values())
+    printed = capfd.readouterr().out
+    assert all(name in printed for name in module.METHODS)
