@@ -2,10 +2,10 @@
 
 Full fine-tuning, the classifier alone, LoRA, bottleneck adapters, (IA)^3, ReFT and prompt tuning,
 each at a learning rate of its own (``--search`` also tries a third and three times of it, on rows
-of the validation tenth); accuracy on rows of the test tenth over the seeds, trained parameters, time
-of a step and peak memory. Model and data are those of
-minilm_sentiment.py. Every method runs after ``fasttune.patch``. (Prefix tuning needs a model that
-takes a cache; transformers' BERT takes none.)
+of the validation tenth); accuracy on rows of the test tenth over the seeds, trained parameters,
+time of a step and peak memory. Model and data are those of minilm_sentiment.py. Every method runs
+after ``fasttune.patch``. (Prefix tuning needs a model that takes a cache; transformers' BERT takes
+none.)
 """
 
 from __future__ import annotations
