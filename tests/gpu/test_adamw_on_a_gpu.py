@@ -89,12 +89,16 @@ def test_a_step_is_two_kernels_whatever_the_number_of_tensors() -> None:
 def test_a_step_does_not_wait() -> None:
     params, optimizer = train("cuda", FP32, max_grad_norm=1.0)
     set_gradients(params, 9)
+    before = [param.detach().clone() for param in params]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        with pytest.raises(RuntimeError, match="synchroniz"):  # a wait would be seen
+            params[0].sum().item()
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not any(map(torch.equal, before, params))
 
 
 def test_a_captured_step_replays() -> None:
