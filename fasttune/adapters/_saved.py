@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,27 @@ def heads(model: nn.Module, wanted: Sequence[str]) -> list[str]:
             raise ValueError(f"train_also: expected names of modules, got {name!r}")
         found |= matches
     return sorted(found)
+
+
+def config(configs: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """The configuration of ``name``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in configs:
+        raise ValueError(f"name: expected one of {', '.join(configs) or 'none'}, got {name!r}")
+    return configs[name]
+
+
+def check_free(configs: Mapping[str, Any], name: Any, bank: type[nn.Module]) -> None:
+    """Raises TypeError or ValueError unless ``name`` is unused and may name a child of ``bank``."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {type(name).__name__}")
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(bank, name):
+        raise ValueError(f"name: expected letters, digits, _ and -, no method's name, got {name!r}")
+    if name in configs:
+        raise ValueError(f"name: expected an unused one, got {name!r}")
 
 
 def parameters(

@@ -8,7 +8,6 @@ tokens are the prompt.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -260,17 +259,8 @@ def _parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def _config(model: nn.Module, name: str) -> dict[str, Any]:
-    configs: dict[str, Any] = model.__dict__.get(_STATE, {}).get("configs", {})
-    if name not in configs:
-        raise ValueError(f"name: expected one of {', '.join(configs) or 'none'}, got {name!r}")
-    config: dict[str, Any] = configs[name]
-    return config
+    return _saved.config(model.__dict__.get(_STATE, {}).get("configs", {}), name)
 
 
 def _check_free(model: nn.Module, name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a string, got {type(name).__name__}")
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(ReftBank, name):
-        raise ValueError(f"name: expected letters, digits, _ and -, no method's name, got {name!r}")
-    if name in model.__dict__.get(_STATE, {}).get("configs", {}):
-        raise ValueError(f"name: expected an unused one, got {name!r}")
+    _saved.check_free(model.__dict__.get(_STATE, {}).get("configs", {}), name, ReftBank)
