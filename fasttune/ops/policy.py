@@ -76,9 +76,6 @@ def no_limits() -> Iterator[None]:
         limits = previous
 
 
-TOO_SMALL = "the original forward is as fast for an input this small"
-
-
 def lora_too_small(x: Tensor, outputs: int) -> bool:
     """True if PEFT's own forward is faster, dropout or not; cheap enough to ask first."""
     if not x.is_cpu or _elements(x, outputs) >= limits.lora_dropout:
@@ -112,7 +109,7 @@ def lora_embedding_not_faster(ids: Tensor, branches: Sequence[LoraBranch]) -> bo
 
 def _elements(x: Tensor, outputs: int) -> int:
     """Of the input [*, K] and the output [*, outputs] of a projection."""
-    features = x.size(-1)
+    features = x.size(-1) if x.dim() else 1
     return x.numel() // max(features, 1) * (features + outputs)
 
 
@@ -129,12 +126,12 @@ def fast_backend_missing(device_type: str) -> str | None:
     return f"no kernels for device {device_type}"
 
 
-def row_wise_too_small(operations: int, x: Tensor) -> bool:
+def row_wise_too_small(x: Tensor, operations: int) -> bool:
     """True if torch's kernels are faster for a norm or an activation of this input.
 
     Args:
-        operations: operators of torch that the module's own forward dispatches.
         x: its input.
+        operations: operators of torch that the module's own forward dispatches.
     """
     if x.is_cpu:
         limit = limits.kernels if operations > 1 else limits.one_kernel
@@ -180,10 +177,11 @@ def bottleneck_not_faster(x: Tensor, dropout_p: float, scaled: bool) -> bool:
     return x.is_cpu and x.numel() < limits.bottleneck and _registry.forced_backend() is None
 
 
-def loss_too_small(hidden: Tensor, vocabulary: int) -> bool:
-    """True if the logits [rows, vocabulary] of hidden [*, H] are so few that torch is faster."""
-    rows = hidden.numel() // max(hidden.shape[-1], 1)
-    small = hidden.is_cpu and rows * vocabulary < limits.logits
+def loss_too_small(like: Tensor, rows: int, vocabulary: int) -> bool:
+    """True if the logits [rows, vocabulary], on the device of ``like``, are so few that torch is
+    faster.
+    """
+    small = like.is_cpu and rows * vocabulary < limits.logits
     return small and _registry.forced_backend() is None
 
 
@@ -197,5 +195,12 @@ def attention_is_faster(q: Tensor, k: Tensor) -> bool:
     """
     if q.device.type != "cpu" or type(q) is not Tensor or q.dim() != 4:
         return False
+    return not attention_too_small(q, k)
+
+
+def attention_too_small(q: Tensor, k: Tensor) -> bool:
+    """True if torch's attention is as fast for these, on the CPU."""
+    if not q.is_cpu or q.dim() != 4:
+        return False
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return scores >= limits.attention_scores or _registry.forced_backend() is not None
+    return scores < limits.attention_scores and _registry.forced_backend() is None

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bias_activation import apply_bias_activation
-from fasttune.ops.policy import TOO_SMALL, row_wise_too_small
+from fasttune.ops.policy import row_wise_too_small
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.session import Session
-from fasttune.reason import Reason
 
 KIND = "activation"
 
@@ -32,7 +31,6 @@ class ActivationPlan:
 
 # Two ways to write one function differ by a few roundings of fp64, two functions by far more.
 _RTOL, _ATOL = 1e-9, 1e-13
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
@@ -94,8 +92,7 @@ def prove(module: nn.Module) -> ActivationPlan | None:
 
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
-    if guard.may_skip_checks(x) and row_wise_too_small(record.plan.operations, x):
-        state.note_fallback(record, _TOO_SMALL)
+    if guard.is_small(record, x, row_wise_too_small, record.plan.operations):
         return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs)
     if reason is None:

@@ -21,8 +21,8 @@ from fasttune import _torch
 from fasttune.integrations import transformers
 from fasttune.ops.attention import apply_attention
 from fasttune.ops.policy import (
-    TOO_SMALL,
     attention_is_faster,
+    attention_too_small,
     fast_backend_missing,
     rope_too_small,
 )
@@ -33,7 +33,6 @@ from fasttune.reason import Reason
 
 KIND = "attention"
 _ARGUMENTS = 4  # q, k, cos, sin
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _NOTHING_OF_OURS = Reason("its attention is not sdpa, or torch's sdpa is as fast", expected=True)
 
 
@@ -102,14 +101,20 @@ def _forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any
     if not module.training and not torch.is_grad_enabled():
         state.note_fallback(record, guard.INFERENCE)
         return original(module, *args, **kwargs)
-    before = record.calls
+    x = args[0] if args else kwargs.get("hidden_states")
+    shape = x.shape if isinstance(x, Tensor) else None
+    if shape is not None and guard.was_small(record, x, shape):
+        return original(module, *args, **kwargs)
+    calls, small = record.calls, record.fallbacks[guard.TOO_SMALL.text]
     _running.records.append(record)
     try:
         output = _rebound(original, record.plan)(module, *args, **kwargs)
     finally:
         _running.records.pop()
-    if record.calls == before:
+    if record.calls == calls:
         state.note_fallback(record, _NOTHING_OF_OURS)
+    elif record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small:
+        guard.remember_small(record, shape)
     return output
 
 
@@ -177,7 +182,7 @@ def _why_rotary_original(
     if k.dtype != q.dtype or not known or cos.dtype != sin.dtype:
         return Reason(f"rotary embedding of {q.dtype} by {cos.dtype} is not proven")
     if rope_too_small(q, k):
-        return _TOO_SMALL
+        return guard.TOO_SMALL
     missing = fast_backend_missing(q.device.type)
     return None if missing is None else Reason(missing)
 
@@ -197,6 +202,8 @@ def _attention(
     if not args:
         call = transformers.sdpa_call(module, query, key, attention_mask, kwargs)
     if call is None or not attention_is_faster(query, key):
+        if call is not None and attention_too_small(query, key):
+            state.note_fallback(_running.records[-1], guard.TOO_SMALL)
         return original(module, query, key, value, attention_mask, *args, **kwargs)
     y = apply_attention(query, key, value, mask=call.mask, causal=call.causal, scale=call.scale)
     state.note_output(_running.records[-1], y)

@@ -1,27 +1,64 @@
-"""Why one call of a patched norm, MLP, activation or attention takes the original path."""
+"""Why one call of a patched module takes the original path, whatever its kind."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from fasttune import _torch
+from fasttune import _registry, _torch
+from fasttune.ops import policy
 from fasttune.ops.policy import fast_backend_missing
+from fasttune.patching import state
 from fasttune.reason import Reason
 
 COMPILED = Reason("torch.compile traces the original forward", expected=True)
 INFERENCE = Reason("inference", expected=True)
 EXTRA = Reason("called with extra arguments")
+TOO_SMALL = Reason("the original forward is as fast for an input this small", expected=True)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def may_skip_checks(x: Any) -> bool:
-    """Whether the size of x may be asked first: a small input takes the original forward whatever
-    the other checks say, and to a small model their time is not small.
+def is_small(record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts: Any) -> bool:
+    """Whether the original forward is as fast for an input as small as x; counted if it is.
+
+    To be asked first: a small input takes the original forward whatever the other checks say, and
+    to a small model their time is not small.
+
+    Args:
+        ask: of x and the facts; True of an input has to mean True of every smaller one.
     """
-    return type(x) is Tensor and not torch.compiler.is_compiling()
+    if type(x) is not Tensor or is_compiling():
+        return False
+    small = record.small
+    if small is None or x.numel() > small[0] or not _holds(small, x):
+        if not ask(x, *facts):
+            return False
+        remember_small(record, x.numel())
+    record.fallbacks[TOO_SMALL.text] += 1
+    return True
+
+
+def remember_small(record: state.ModuleState, size: Any) -> None:
+    """Inputs of this size (their elements, their shape, as the kind counts) are too small."""
+    record.small = size, policy.limits
+
+
+def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
+    """Whether exactly this size was too small, and still is; counted if it is."""
+    small = record.small
+    if small is None or small[0] != size or not _holds(small, x):
+        return False
+    record.fallbacks[TOO_SMALL.text] += 1
+    return True
+
+
+def _holds(small: tuple[Any, policy.Limits], x: Tensor) -> bool:
+    """Whether what was small for a CPU still is: tests and verify change the limits."""
+    return small[1] is policy.limits and x.is_cpu and _registry.forced_backend() is None
 
 
 def why_original(

@@ -13,13 +13,12 @@ from fasttune.integrations import peft, peft_ia3
 from fasttune.ops import LoraProjection
 from fasttune.ops.ia3_scale import apply_ia3_scale
 from fasttune.ops.lora_linear import apply_group
-from fasttune.ops.policy import TOO_SMALL, ia3_too_small
+from fasttune.ops.policy import ia3_too_small
 from fasttune.patching import guard, state, swap
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "ia3"
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
@@ -104,7 +103,7 @@ def _why_original(
         return reason
     features = layer.in_features if peft_ia3.scales_input(layer) else layer.out_features
     (dtype, *_) = {vector.dtype for vector in peft_ia3.active_vectors(layer).values()}
-    return _TOO_SMALL if ia3_too_small(x, features, casts=dtype != x.dtype) else None
+    return guard.TOO_SMALL if ia3_too_small(x, features, casts=dtype != x.dtype) else None
 
 
 def _why_base_output(layer: Any, base: Any, scale: Tensor) -> Reason | None:

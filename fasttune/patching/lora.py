@@ -21,7 +21,6 @@ from fasttune.ops import LoraProjection
 from fasttune.ops.dora_linear import apply_dora
 from fasttune.ops.lora_linear import apply_group
 from fasttune.ops.policy import (
-    TOO_SMALL,
     fast_backend_missing,
     lora_not_faster,
     lora_too_small,
@@ -40,7 +39,6 @@ from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "lora"
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def patch_layers(session: Session) -> None:
@@ -78,23 +76,17 @@ def _static_reason(layer: nn.Module, linear: bool) -> Reason | None:
 
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if (
-        guard.may_skip_checks(x)
-        and not (args or kwargs or layer.lora_variant or assignment.anywhere())
-        and x.dim()
-        and lora_too_small(x, layer.out_features)
-    ):
-        record = state.of(layer, KIND)
+    record: state.ModuleState = state.of(layer, KIND)
+    plain = not (args or kwargs or layer.lora_variant or assignment.anywhere())
+    if plain and guard.is_small(record, x, lora_too_small, layer.out_features):
         record.mixed = False
-        state.note_fallback(record, _TOO_SMALL)
         return original(layer, x)
-    mixed = mixed_layer.forward(layer, original, state.of(layer, KIND), x, args, kwargs)
+    mixed = mixed_layer.forward(layer, original, record, x, args, kwargs)
     if mixed is not None:
         return mixed
     if not (args or kwargs or torch.compiler.is_compiling()):
         fetched = groups.fetch(layer, x, _as_member)
         if fetched is not None:
-            record = state.of(layer, KIND)
             state.note_fused(record, state.backend_of(fetched) or record.backend, 0)
             return fetched
     reason = _why_original(layer, x, args, kwargs)
@@ -106,7 +98,7 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         if reason is None:
             return _fused(layer, x, projection)
     if not torch.compiler.is_compiling():
-        state.note_fallback(state.of(layer, KIND), reason)
+        state.note_fallback(record, reason)
     return original(layer, x, *args, **kwargs)
 
 
@@ -152,8 +144,8 @@ def _why_original(
 ) -> Reason | None:
     # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
     dora = peft_dora.adapter_of(layer)
-    if dora is None and type(x) is Tensor and x.dim() and lora_too_small(x, layer.out_features):
-        return _TOO_SMALL
+    if dora is None and type(x) is Tensor and lora_too_small(x, layer.out_features):
+        return guard.TOO_SMALL
     reason = peft_linear.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
@@ -162,7 +154,7 @@ def _why_original(
         if reason is not None:
             return reason
     elif lora_not_faster(x, layer.out_features, [b.dropout_p for b in peft_linear.branches(layer)]):
-        return _TOO_SMALL
+        return guard.TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)
 

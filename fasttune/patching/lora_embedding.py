@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from fasttune.integrations import peft_embedding
 from fasttune.ops import LoraBranch
 from fasttune.ops.lora_embedding import apply_lora_embedding
-from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, lora_embedding_not_faster
+from fasttune.ops.policy import fast_backend_missing, lora_embedding_not_faster
 from fasttune.patching import guard, state, swap
 from fasttune.patching.variants import Variants
 from fasttune.reason import Reason
-
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 
 
 def forward(
@@ -57,7 +55,7 @@ def _why_original(
     if reason is not None:
         return reason
     if lora_embedding_not_faster(ids, peft_embedding.branches(layer)):
-        return _TOO_SMALL
+        return guard.TOO_SMALL
     missing = fast_backend_missing(ids.device.type)
     return None if missing is None else Reason(missing)
 

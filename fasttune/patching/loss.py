@@ -20,15 +20,14 @@ from fasttune import _torch
 from fasttune.integrations import peft, peft_linear, transformers
 from fasttune.ops import CrossEntropy, LoraBranch
 from fasttune.ops.linear_cross_entropy import apply_head, check_targets
-from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, loss_too_small
-from fasttune.patching import assignment, state, swap
+from fasttune.ops.policy import fast_backend_missing, loss_too_small
+from fasttune.patching import assignment, guard, state, swap
 from fasttune.patching.lazy_logits import LazyLogits, Snapshot, head_width
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "loss"
 HEAD = "head"
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _OWN_LOSS = Reason("the model computes its loss itself, without its loss_function")
 
 
@@ -109,6 +108,8 @@ def _model_forward(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -
         return original(model, *args, **kwargs)
     record = state.of(model, KIND)
     _warn_of_new_adapters(model)
+    if guard.is_small(record, kwargs.get("labels"), _few_logits, model):
+        return original(model, *args, **kwargs)
     reason = _why_original(model)
     if reason is not None:
         state.note_fallback(record, reason)
@@ -130,6 +131,13 @@ def _has_labels(original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return any(
         name == "labels" and value is not None for name, value in zip(names, args, strict=False)
     )
+
+
+def _few_logits(labels: Tensor, model: nn.Module) -> bool:
+    head = transformers.head(model)
+    if HEAD not in swap.kinds_of(head):  # replaced: of an unknown class
+        return False
+    return loss_too_small(labels, labels.numel(), head_width(head))
 
 
 def _why_original(model: nn.Module) -> Reason | None:
@@ -176,8 +184,9 @@ def _head_forward(head: nn.Module, original: Any, hidden: Tensor, *args: Any, **
     record = next((record for candidate, record in _armed.heads if candidate is head), None)
     if record is None or args or kwargs or type(hidden) is not Tensor:
         return original(head, hidden, *args, **kwargs)
-    if hidden.dim() and loss_too_small(hidden, head_width(head)):
-        state.note_fallback(record, _TOO_SMALL)
+    rows = hidden.numel() // max(hidden.size(-1), 1) if hidden.dim() else 0
+    if loss_too_small(hidden, rows, head_width(head)):
+        state.note_fallback(record, guard.TOO_SMALL)
         return original(head, hidden, *args, **kwargs)
     return LazyLogits(hidden, head, project, snapshot)
 

@@ -11,14 +11,13 @@ from torch import Tensor
 from fasttune import _torch
 from fasttune.integrations import peft_lowrank
 from fasttune.ops.lora_linear import apply_group
-from fasttune.ops.policy import TOO_SMALL, lora_not_faster, lora_too_small, vera_not_faster
+from fasttune.ops.policy import lora_not_faster, lora_too_small, vera_not_faster
 from fasttune.patching import guard, state, swap
 from fasttune.patching.lora import why_base_output
 from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "lowrank"
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _HIGH_RANK = Reason("the original forward is as fast for VeRA of this rank", expected=True)
 
 
@@ -38,6 +37,9 @@ def patch_layers(session: Session) -> None:
 
 
 def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    record = state.of(layer, KIND)
+    if guard.is_small(record, x, lora_too_small, layer.out_features):
+        return original(layer, x, *args, **kwargs)
     reason = _why_original(layer, x, args, kwargs)
     if reason is None:
         projection = peft_lowrank.projection(layer, x)
@@ -45,18 +47,16 @@ def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> An
         if reason is None:
             compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
             y: Tensor = apply_group(x, (projection,), compute_dtype)[0]
-            state.note_output(state.of(layer, KIND), y)
+            state.note_output(record, y)
             return y.to(x.dtype) if peft_lowrank.returns_input_dtype(layer) else y
     if reason is not guard.COMPILED:
-        state.note_fallback(state.of(layer, KIND), reason)
+        state.note_fallback(record, reason)
     return original(layer, x, *args, **kwargs)
 
 
 def _why_original(
     layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
-    if guard.may_skip_checks(x) and x.dim() and lora_too_small(x, layer.out_features):
-        return _TOO_SMALL
     reason = guard.why_original(layer, x, args, kwargs)
     if reason is not None:
         return reason
@@ -67,7 +67,7 @@ def _why_original(
         return reason
     branches = peft_lowrank.branches(layer)
     if lora_not_faster(x, layer.out_features, [branch.dropout_p for branch in branches]):
-        return _TOO_SMALL
+        return guard.TOO_SMALL
     scaled = [branch.a.shape[0] for branch in branches if branch.out_scale is not None]
     return _HIGH_RANK if scaled and vera_not_faster(x, scaled) else None
 

@@ -12,8 +12,8 @@ from fasttune import _torch
 from fasttune.errors import PatchError
 from fasttune.integrations import peft, peft_mixed
 from fasttune.ops.lora_segmented import apply_segmented
-from fasttune.ops.policy import TOO_SMALL, fast_backend_missing, lora_too_small
-from fasttune.patching import assignment, state
+from fasttune.ops.policy import fast_backend_missing, lora_too_small
+from fasttune.patching import assignment, guard, state
 from fasttune.reason import Reason
 
 _UNBOUND = (
@@ -113,7 +113,7 @@ def _adapter_names(
 
 def _why_not_faster(x: Tensor, outputs: int) -> Reason | None:
     if lora_too_small(x, outputs):
-        return Reason(TOO_SMALL, expected=True)
+        return guard.TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.glu import apply_glu
-from fasttune.ops.policy import TOO_SMALL, mlp_too_small
+from fasttune.ops.policy import mlp_too_small
 from fasttune.ops.scaled_glu import apply_scaled_glu
 from fasttune.patching import guard, ia3, probe, state, swap
 from fasttune.patching.activation import close
@@ -25,7 +25,6 @@ from fasttune.patching.session import Session
 from fasttune.reason import Reason
 
 KIND = "mlp"
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _ROWS, _FEATURES = 3, 24
 _MOST_CHILDREN = 8
 
@@ -168,8 +167,7 @@ def _activation_between(a: Tensor, b: Tensor, h: Tensor) -> tuple[str, bool] | N
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
     plan: GatedPlan = record.plan
-    if guard.may_skip_checks(x) and mlp_too_small(x):
-        state.note_fallback(record, _TOO_SMALL)
+    if guard.is_small(record, x, mlp_too_small):
         return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs)
     if reason is None and probe.floats(module) != plan.floats:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from fasttune import _registry, _torch
 from fasttune.ops.layer_norm import apply_layer_norm
-from fasttune.ops.policy import TOO_SMALL, row_wise_too_small
+from fasttune.ops.policy import row_wise_too_small
 from fasttune.ops.rms_norm import apply_rms_norm
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.session import Session
 from fasttune.reason import Reason
 
 KIND = "norm"
-_TOO_SMALL = Reason(TOO_SMALL, expected=True)
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
 # x dtype, parameter dtype
 _COMBINATIONS = (
@@ -209,8 +208,7 @@ def evaluate(module: nn.Module, formula: Formula, x: Tensor) -> Tensor:
 
 def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(module, KIND)
-    if guard.may_skip_checks(x) and row_wise_too_small(record.plan.operations, x):
-        state.note_fallback(record, _TOO_SMALL)
+    if guard.is_small(record, x, row_wise_too_small, record.plan.operations):
         return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs) or _why_original(module, record.plan, x)
     if reason is None:

@@ -35,6 +35,7 @@ class ModuleState:
         backend: backend of the last fused call.
         saved_bytes: what the last fused call saved for backward, parameters excluded.
         mixed: the last call outside a backward was part of a mixed batch.
+        small: a size that was too small for the fused path, and the limits of then (guard.py).
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModuleState:
     saved_bytes: int = 0
     plan: Any = None
     mixed: bool = False
+    small: tuple[Any, Any] | None = None
 
     @property
     def calls(self) -> int:

@@ -1,0 +1,73 @@
+"""Small inputs: asked once, remembered as long as it stays true, and always counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fasttune import _registry
+from fasttune.ops import policy
+from fasttune.patching import guard
+from fasttune.patching.state import ModuleState
+
+
+class Asked:
+    """An answer that counts how often it is asked for."""
+
+    def __init__(self, below: int) -> None:
+        self.below, self.times = below, 0
+
+    def __call__(self, x: torch.Tensor, *facts: object) -> bool:
+        self.times += 1
+        return x.numel() < self.below
+
+
+@pytest.fixture
+def record() -> ModuleState:
+    return ModuleState("layer", "norm")
+
+
+def test_a_small_input_is_asked_for_once_and_counted_always(record: ModuleState):
+    ask = Asked(below=100)
+    assert all(guard.is_small(record, torch.zeros(n), ask) for n in (64, 64, 32))
+    assert ask.times == 1
+    assert record.fallbacks == {guard.TOO_SMALL.text: 3}
+    assert not record.unexpected
+
+
+def test_a_larger_input_is_asked_for_again(record: ModuleState):
+    ask = Asked(below=100)
+    assert guard.is_small(record, torch.zeros(64), ask)
+    assert guard.is_small(record, torch.zeros(99), ask)
+    assert not guard.is_small(record, torch.zeros(100), ask)
+    assert ask.times == 3
+    assert record.calls == 2
+
+
+def test_what_was_small_is_forgotten_where_the_limits_change(
+    record: ModuleState, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(policy, "limits", policy.Limits())  # in tests there are none
+    x = torch.zeros(4)
+    assert guard.is_small(record, x, Asked(below=100))
+    with policy.no_limits():
+        assert not guard.is_small(record, x, Asked(below=0))
+        assert not guard.was_small(record, x, 4)
+    with _registry.use_backend("reference"):
+        assert not guard.is_small(record, x, Asked(below=0))
+    assert not guard.is_small(record, x.to("meta"), Asked(below=0))
+    assert guard.is_small(record, x, Asked(below=0))  # on the CPU it still is
+
+
+def test_a_size_is_compared_as_it_was_given(record: ModuleState):
+    x = torch.zeros(2, 3)
+    guard.remember_small(record, x.shape)
+    assert guard.was_small(record, x, x.shape)
+    assert not guard.was_small(record, x, x.t().shape)
+    assert record.fallbacks == {guard.TOO_SMALL.text: 1}
+
+
+@pytest.mark.parametrize("x", [None, [1.0], nn.Parameter(torch.zeros(2))])
+def test_other_than_a_plain_tensor_is_never_small(record: ModuleState, x: object):
+    assert not guard.is_small(record, x, Asked(below=100))
