@@ -77,8 +77,12 @@ def _static_reason(layer: nn.Module, linear: bool) -> Reason | None:
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     record: state.ModuleState = state.of(layer, KIND)
-    plain = not (args or kwargs or layer.lora_variant or assignment.anywhere())
-    if plain and guard.is_small(record, x, lora_too_small, layer.out_features):
+    plain = not (args or kwargs or layer.lora_variant or torch.compiler.is_compiling())
+    if (
+        plain
+        and not assignment.anywhere()
+        and guard.is_small(record, x, lora_too_small, layer.out_features)
+    ):
         record.mixed = False
         return original(layer, x)
     mixed = mixed_layer.forward(layer, original, record, x, args, kwargs)
