@@ -76,9 +76,13 @@ def batches(device: str) -> list[Batch]:
     return drawn
 
 
-def own_loop_step(model: nn.Module, data: Sequence[Batch]) -> Callable[[], Tensor]:
+def own_loop_step(
+    model: nn.Module,
+    data: Sequence[Batch],
+    adamw: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+) -> Callable[[], Tensor]:
     """Forward, backward, AdamW; no autocast."""
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=LEARNING_RATE)
+    optimizer = adamw(trainable(model).values(), lr=LEARNING_RATE)
     turn = 0
 
     def step() -> Tensor:

@@ -289,6 +289,7 @@ struct Kernels {
 
 constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds
 constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
+constexpr int64_t kMaxRank = 256;  // of lora_reduce and reft
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 
 namespace avx512bf16 {  // AVX-512 with the dot product of bf16 pairs

@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "activation.h"
+#include "keep_mask.h"
 #include "staging.h"
-#include "tile.h"
 
 // Floor per listed row: 4 R H multiply-adds against 2 H elements read and H written; with R = 16 a
 // row of bf16 is bound by arithmetic. A program holds a few rows, so that each vector of R and W
@@ -19,7 +19,6 @@ constexpr int kRows = 4, kRanks = 4;
 constexpr int kRows = 2, kRanks = 2;
 #endif
 constexpr int64_t kColumns = 1024;  // of a tile: 4 rows of it are half a first-level cache
-constexpr int64_t kMaxRank = 256;
 
 struct Rows {
   int64_t first, count;  // in the list
@@ -48,13 +47,12 @@ inline void load_rows(const Matrix& x, const Rows& rows, int64_t col, int64_t va
 }
 
 // keep * scale, with the place in the list as the row.
-inline void drop_rows(const ReftCall& call, const Rows& rows, int64_t col, int64_t valid,
-                      float* tile) {
-  if (call.dropout.threshold == 0) return;
+inline void drop_rows(const ReftCall& call, const KeepMask& mask, const Rows& rows, int64_t col,
+                      int64_t valid, float* tile) {
+  if (mask.keeps_all()) return;
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t span = 0; span < valid; span += kMaskSpan) {
-      const uint64_t bits = keep_bits(call.dropout, static_cast<uint64_t>(rows.first + i),
-                                      static_cast<uint64_t>(col + span));
+      const uint64_t bits = mask.span(rows.first + i, col + span);
       for (int64_t j = 0; j < kMaskSpan; j += kLanes) {
         float* lanes = tile + i * kColumns + span + j;
         store(lanes,
@@ -149,6 +147,7 @@ inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kL
 void forward_block(const Matrix& h, const ReftCall& call, const MutableMatrix& y,
                    const MutableMatrix* x, float* z, float* d, int64_t block) {
   const Rows rows = rows_of(call, block);
+  const KeepMask mask(call.dropout);
   alignas(64) float tile[kRows * kColumns];
   alignas(64) float inner[kRows * kMaxRank] = {}, rotated[kRows * kMaxRank] = {};
   for (int64_t col = 0; col < h.cols; col += kColumns) {
@@ -172,7 +171,7 @@ void forward_block(const Matrix& h, const ReftCall& call, const MutableMatrix& y
     const int64_t valid = std::min(kColumns, h.cols - col);
     load_rows(h, rows, col, valid, tile);
     add_lines(rotated, call.rotation + col, call.stride, call.rank, padded(valid), tile);
-    drop_rows(call, rows, col, valid, tile);
+    drop_rows(call, mask, rows, col, valid, tile);
     store_rows(tile, rows, col, valid, y);
   }
 }
@@ -180,6 +179,7 @@ void forward_block(const Matrix& h, const ReftCall& call, const MutableMatrix& y
 void backward_block(const Matrix& dy, const ReftCall& call, const float* z, const MutableMatrix* dh,
                     const MutableMatrix* g, float* dz, float* dd, int64_t block) {
   const Rows rows = rows_of(call, block);
+  const KeepMask mask(call.dropout);
   alignas(64) float tile[kRows * kColumns];
   alignas(64) float inner[kRows * kMaxRank] = {}, rotated[kRows * kMaxRank] = {};
   for (int64_t i = 0; i < rows.count; ++i)
@@ -188,7 +188,7 @@ void backward_block(const Matrix& dy, const ReftCall& call, const float* z, cons
     const int64_t valid = std::min(kColumns, dy.cols - col);
     load_rows(dy, rows, col, valid, tile);
     if (g) store_list(tile, rows, col, valid, *g);
-    drop_rows(call, rows, col, valid, tile);
+    drop_rows(call, mask, rows, col, valid, tile);
     add_dots(tile, call.rotation + col, call.stride, call.rank, padded(valid), rotated);
   }
   store_sums(rotated, call, rows, dd);
@@ -202,7 +202,7 @@ void backward_block(const Matrix& dy, const ReftCall& call, const float* z, cons
   for (int64_t col = 0; col < dy.cols; col += kColumns) {
     const int64_t valid = std::min(kColumns, dy.cols - col), columns = padded(valid);
     load_rows(dy, rows, col, valid, tile);
-    drop_rows(call, rows, col, valid, tile);
+    drop_rows(call, mask, rows, col, valid, tile);
     add_lines(inner, call.source + col, call.stride, call.rank, columns, tile);
     if (call.difference)
       add_lines(rotated, call.rotation + col, call.stride, call.rank, columns, tile);
