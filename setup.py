@@ -2,13 +2,12 @@
 fasttune._cuda, CUDA C++ for every target, through ninja, where there is nvcc.
 
 FASTTUNE_CUDA=0 leaves _cuda out, 1 insists on it, auto (the default) builds it if nvcc is found: on
-PATH, in CUDA_HOME, or in the nvidia-cuda-nvcc wheel.
+PATH, in CUDA_HOME, or in the nvidia-cuda-nvcc wheel (csrc/nvcc.py). With 1, csrc/build_backend.py
+brings the wheels of nvcc where there is none.
 """
 
-import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,9 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "csrc"))
+import nvcc  # noqa: E402, a file of csrc
+
 ONCE = ["csrc/cpu/isa.cpp", "csrc/bind_cpu.cpp"]
 KERNELS = sorted(
     path
@@ -39,46 +41,6 @@ CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glo
 # Compute capabilities with code of their own, by the PTX they are assembled from: the source is
 # compiled once for each PTX. The last PTX, kept as well, serves what comes later.
 CUDA_TARGETS = {75: (75,), 80: (80, 86, 89, 90, 100, 120)}
-MIN_NVCC = 13
-
-
-def find_nvcc() -> Path | None:
-    """nvcc on PATH, in CUDA_HOME, or in the nvidia-cuda-nvcc wheel; None where there is none."""
-    wheel = importlib.util.find_spec("nvidia")
-    places = [os.environ["CUDA_HOME"]] if os.environ.get("CUDA_HOME") else []
-    places += [
-        f"{path}/cu{MIN_NVCC}" for path in (wheel.submodule_search_locations if wheel else [])
-    ]
-    on_path = shutil.which("nvcc")
-    candidates = [Path(on_path)] if on_path else []
-    candidates += [Path(place) / "bin/nvcc" for place in places]
-    return next((path for path in candidates if os.access(path, os.X_OK)), None)
-
-
-def nvcc_for_cuda() -> Path | None:
-    """The nvcc that builds _cuda, or None if _cuda is not to be built.
-
-    Raises:
-        SystemExit: FASTTUNE_CUDA is no known value, or insists where no nvcc can do it.
-    """
-    wanted = os.environ.get("FASTTUNE_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        raise SystemExit(f"FASTTUNE_CUDA: expected auto, 0 or 1, got {wanted!r}")
-    nvcc = None if wanted == "0" or sys.platform != "linux" else find_nvcc()
-    reason = "nvcc was not found on PATH, in CUDA_HOME or in the nvidia-cuda-nvcc wheel"
-    if nvcc is not None:
-        said = subprocess.run(
-            [nvcc, "--version"], capture_output=True, text=True, check=True
-        ).stdout
-        release = said.split("release ")[1].split(",")[0]
-        if int(release.split(".")[0]) >= MIN_NVCC:
-            return nvcc
-        reason = f"{nvcc} is release {release}, and {MIN_NVCC}.0 or later is needed"
-    if wanted == "1":
-        raise SystemExit(f"FASTTUNE_CUDA=1: {reason}")
-    if wanted == "auto":
-        print(f"fasttune: built without CUDA C++ kernels: {reason}")
-    return None
 
 
 class BuildExt(build_ext):
@@ -100,6 +62,8 @@ class BuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [*ext.include_dirs, *self.include_dirs, str(ROOT / "csrc")]
         host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-std=c++17", "-O3"]
+        # The wheels keep libcudart_static.a in lib, where nvcc looks in lib64.
+        libraries = f"-L{NVCC.parent.parent / 'lib'}"
         kept = max(CUDA_TARGETS)
         device = [
             f"-gencode=arch=compute_{ptx},code=[{','.join(f'sm_{t}' for t in targets)}]"
@@ -116,7 +80,7 @@ class BuildExt(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            "  command = $nvcc -shared --cudart static -Xlinker -s $in -o $out",
+            f"  command = $nvcc -shared --cudart static {libraries} -Xlinker -s $in -o $out",
         ]
         for path, source in objects.items():
             bind = not source.endswith(".cu")
@@ -165,7 +129,7 @@ class BuildExt(build_ext):
         )
 
 
-NVCC = nvcc_for_cuda()
+NVCC = nvcc.choose()
 EXTENSIONS = [Pybind11Extension("fasttune._cpu", [*KERNELS, *ONCE])]
 if NVCC is not None:
     EXTENSIONS.append(Pybind11Extension("fasttune._cuda", [*CUDA_SOURCES, "csrc/bind_cuda.cpp"]))

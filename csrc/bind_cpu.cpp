@@ -341,6 +341,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "limit_norms",
+      [](uintptr_t tensors, uintptr_t norms, int64_t count, int dtype, int rounding, int threads) {
+        kernels().limit_norms(pointer<const AdamWLimit>(tensors), pointer<const float>(norms),
+                              count, static_cast<DType>(dtype), static_cast<Rounding>(rounding),
+                              threads);
+      },
+      release());
+  m.def(
       "layer_norm_backward",
       [](const Matrix& dy, const Matrix& x, const NormVector& weight, uintptr_t mean,
          uintptr_t rstd, const Matrix* addend, const MutableMatrix* dx, const ColumnSums& dweight,

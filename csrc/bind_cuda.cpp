@@ -130,6 +130,16 @@ PYBIND11_MODULE(_cuda, m) {
       release());
 
   m.def(
+      "limit_norms",
+      [](uintptr_t tensors, uintptr_t blocks, int64_t block_count, uintptr_t norms, int param_type,
+         int rounding, uintptr_t handle) {
+        launch_limit_norms(
+            {pointer<const AdamWLimit>(tensors), pointer<const AdamWBlock>(blocks), block_count,
+             pointer<const float>(norms), DType(param_type), Rounding(rounding)},
+            stream(handle));
+      },
+      release());
+  m.def(
       "lora_down",
       [](uintptr_t x, uintptr_t t, uintptr_t partial, int64_t rows, int64_t cols, int64_t x_stride,
          int64_t cols_per_split, int64_t splits, bool transposed,

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/philox.h"
 
 namespace fasttune {
 
@@ -23,6 +24,21 @@ struct AdamWAddresses {
 struct AdamWFacts {
   double lr, beta1, beta2, eps, decay, step, stream;
 };
+
+// A parameter whose norm has a limit, infinite if it has none.
+struct AdamWLimit {
+  void* param;
+  void* residue;  // as in AdamWAddresses
+  int64_t numel;
+  double limit;
+};
+
+// What scales a parameter down to its limit. norms: of its gradient, update and parameter, as a
+// step returns them; a norm that is not finite scales nothing.
+FASTTUNE_HOST_DEVICE inline float limit_factor(const AdamWLimit& at, const float* norms) {
+  const float limit = static_cast<float>(at.limit), norm = norms[2];
+  return norm > limit && norm - norm == 0.0f ? limit / norm : 1.0f;
+}
 
 enum class Moments : int { kFloat32 = 0, kBFloat16 = 1, k8Bit = 2 };
 enum class Rounding : int { kNearest = 0, kMaster = 1, kStochastic = 2, kKahan = 3 };

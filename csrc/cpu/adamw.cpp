@@ -20,11 +20,14 @@ struct Block {
   int64_t tensor, begin, end;
 };
 
+void add_blocks(int64_t tensor, int64_t numel, std::vector<Block>& blocks) {
+  for (int64_t at = 0; at < numel; at += kAdamWBlock)
+    blocks.push_back({tensor, at, std::min(at + kAdamWBlock, numel)});
+}
+
 std::vector<Block> blocks_of(const AdamWAddresses* tensors, int64_t count) {
   std::vector<Block> blocks;
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t at = 0; at < tensors[i].numel; at += kAdamWBlock)
-      blocks.push_back({i, at, std::min(at + kAdamWBlock, tensors[i].numel)});
+  for (int64_t i = 0; i < count; ++i) add_blocks(i, tensors[i].numel, blocks);
   return blocks;
 }
 
@@ -98,11 +101,64 @@ struct Chunk {
   alignas(64) uint32_t random[kChunk];
 };
 
+// `count` elements of a parameter from `first` on, in fp32.
+struct Parameter {
+  void* data;
+  void* residue;
+  DType dtype;
+  Rounding rounding;
+
+  // In place if it is fp32, whole vectors and has no residue; else as a copy.
+  float* load(int64_t first, int64_t count, bool whole, float* copy) const {
+    if (whole && dtype == DType::kFloat32 && rounding == Rounding::kNearest)
+      return static_cast<float*>(data) + first;
+    if (rounding == Rounding::kMaster) {
+      load_master(static_cast<uint16_t*>(data) + first, static_cast<int16_t*>(residue) + first,
+                  count, copy);
+      return copy;
+    }
+    widen(at(data, first), dtype, count, copy);
+    if (rounding == Rounding::kKahan) {
+      float rest[kChunk];
+      widen(at(residue, first), dtype, count, rest);
+      for (int64_t i = 0; i < count; ++i) copy[i] += rest[i];
+    }
+    return copy;
+  }
+
+  // What load() gave as a copy; draws bits for stochastic rounding.
+  template <typename Draw>
+  void store(int64_t first, int64_t count, const float* copy, Draw&& draw) const {
+    switch (rounding) {
+      case Rounding::kNearest:
+        return narrow(copy, count, dtype, at(data, first));
+      case Rounding::kMaster:
+        return store_master(copy, count, static_cast<uint16_t*>(data) + first,
+                            static_cast<int16_t*>(residue) + first);
+      case Rounding::kStochastic:
+        return store_stochastic(copy, draw(), count, static_cast<uint16_t*>(data) + first);
+      case Rounding::kKahan: {
+        narrow(copy, count, dtype, at(data, first));
+        float kept[kChunk];
+        widen(at(data, first), dtype, count, kept);
+        for (int64_t i = 0; i < count; ++i) kept[i] = copy[i] - kept[i];
+        return narrow(kept, count, dtype, at(residue, first));
+      }
+    }
+  }
+
+ private:
+  void* at(void* start, int64_t first) const {
+    return static_cast<char*>(start) + first * size_of(dtype);
+  }
+};
+
 class Tensor {
  public:
   Tensor(const AdamWAddresses& at, const AdamWFacts& facts, const AdamWCall& call)
       : at_(at),
         call_(call),
+        param_{at.param, at.residue, call.param_dtype, call.rounding},
         step_(facts, call.grad_factor),
         random_{call.seed, static_cast<uint32_t>(facts.stream), static_cast<uint32_t>(facts.step)} {
   }
@@ -114,7 +170,7 @@ class Tensor {
     count_ = count;
     if (!whole_) pad(chunk);
     const float* grad = load_grad(chunk);
-    float* param = load_param(chunk);
+    float* param = param_.load(first, count, whole_, chunk.param);
     float *exp_avg = load_moment<true>(at_.exp_avg, chunk.exp_avg),
           *exp_avg_sq = load_moment<false>(at_.exp_avg_sq, chunk.exp_avg_sq);
     if (at_.max_exp_avg_sq) {
@@ -124,7 +180,11 @@ class Tensor {
     } else {
       update<false>(step_, grad, param, exp_avg, exp_avg_sq, nullptr, padded, norms);
     }
-    store_param(chunk, param);
+    if (param == chunk.param)
+      param_.store(first, count, param, [&] {
+        draw(random_, kWeightBits, first, chunk.random);
+        return chunk.random;
+      });
     store_moment<true>(at_.exp_avg, chunk.exp_avg, exp_avg, chunk.random);
     store_moment<false>(at_.exp_avg_sq, chunk.exp_avg_sq, exp_avg_sq, chunk.random);
   }
@@ -149,46 +209,6 @@ class Tensor {
     if (whole_ && call_.grad_dtype == DType::kFloat32) return reinterpret_cast<const float*>(data);
     widen(data, call_.grad_dtype, count_, chunk.grad);
     return chunk.grad;
-  }
-
-  float* load_param(Chunk& chunk) const {
-    const DType dtype = call_.param_dtype;
-    if (whole_ && dtype == DType::kFloat32) return element<float>(at_.param);
-    const char* data = static_cast<const char*>(at_.param) + first_ * size_of(dtype);
-    if (call_.rounding == Rounding::kMaster) {
-      load_master(element<uint16_t>(at_.param), element<int16_t>(at_.residue), count_, chunk.param);
-      return chunk.param;
-    }
-    widen(data, dtype, count_, chunk.param);
-    if (call_.rounding == Rounding::kKahan) {
-      float rest[kChunk];
-      widen(element<uint16_t>(at_.residue), dtype, count_, rest);
-      for (int64_t i = 0; i < count_; ++i) chunk.param[i] += rest[i];
-    }
-    return chunk.param;
-  }
-
-  void store_param(Chunk& chunk, float* param) const {
-    if (param != chunk.param) return;
-    const DType dtype = call_.param_dtype;
-    void* data = static_cast<char*>(at_.param) + first_ * size_of(dtype);
-    switch (call_.rounding) {
-      case Rounding::kNearest:
-        return narrow(param, count_, dtype, data);
-      case Rounding::kMaster:
-        return store_master(param, count_, element<uint16_t>(at_.param),
-                            element<int16_t>(at_.residue));
-      case Rounding::kStochastic:
-        draw(random_, kWeightBits, first_, chunk.random);
-        return store_stochastic(param, chunk.random, count_, element<uint16_t>(at_.param));
-      case Rounding::kKahan: {
-        narrow(param, count_, dtype, data);
-        float kept[kChunk];
-        widen(data, dtype, count_, kept);
-        for (int64_t i = 0; i < count_; ++i) kept[i] = param[i] - kept[i];
-        return narrow(kept, count_, dtype, element<uint16_t>(at_.residue));
-      }
-    }
   }
 
   // exp_avg is signed, exp_avg_sq and its maximum are not.
@@ -228,6 +248,7 @@ class Tensor {
 
   const AdamWAddresses& at_;
   const AdamWCall& call_;
+  const Parameter param_;
   const Step step_;
   const RandomBits random_;
   int64_t first_ = 0, count_ = 0;
@@ -279,6 +300,26 @@ void adamw_step(const AdamWAddresses* tensors, const AdamWFacts* facts, int64_t 
   std::fill_n(norms, 3 * count, 0.0);
   for (size_t i = 0; i < blocks.size(); ++i)
     for (int k = 0; k < 3; ++k) norms[3 * blocks[i].tensor + k] += partial[3 * i + k];
+}
+
+void limit_norms(const AdamWLimit* tensors, const float* norms, int64_t count, DType dtype,
+                 Rounding rounding, int threads) {
+  std::vector<Block> blocks;
+  for (int64_t i = 0; i < count; ++i)
+    if (limit_factor(tensors[i], norms + 3 * i) != 1.0f) add_blocks(i, tensors[i].numel, blocks);
+  if (rounding == Rounding::kStochastic) rounding = Rounding::kNearest;
+  for_each(blocks, threads, [&](const Block& block, int64_t) {
+    const AdamWLimit& at = tensors[block.tensor];
+    const Parameter param{at.param, at.residue, dtype, rounding};
+    const float factor = limit_factor(at, norms + 3 * block.tensor);
+    float copy[kChunk];
+    for (int64_t first = block.begin; first < block.end; first += kChunk) {
+      const int64_t here = std::min(kChunk, block.end - first);
+      float* values = param.load(first, here, true, copy);
+      for (int64_t i = 0; i < here; ++i) values[i] *= factor;
+      if (values == copy) param.store(first, here, copy, [] { return nullptr; });  // draws none
+    }
+  });
 }
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA

@@ -285,6 +285,11 @@ struct Kernels {
   // update and of the updated parameter.
   void (*adamw_step)(const AdamWAddresses* tensors, const AdamWFacts* facts, int64_t count,
                      const AdamWCall& call, double* norms, int threads);
+
+  // Scales each tensor whose norm, the last of a row of norms [count, 3], is above its limit down
+  // to it, in place. What would be rounded stochastically is rounded to nearest.
+  void (*limit_norms)(const AdamWLimit* tensors, const float* norms, int64_t count, DType dtype,
+                      Rounding rounding, int threads);
 };
 
 constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds

@@ -43,7 +43,8 @@ const Kernels& table() {
                                layer_norm_forward,
                                layer_norm_backward,
                                sums_of_squares,
-                               adamw_step};
+                               adamw_step,
+                               limit_norms};
   return kernels;
 }
 

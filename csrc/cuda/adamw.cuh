@@ -40,8 +40,18 @@ struct AdamWStep {
   Rounding rounding;
 };
 
+struct LimitNorms {
+  const AdamWLimit* tensors;  // [n]
+  const AdamWBlock* blocks;   // [block_count]
+  int64_t block_count;
+  const float* norms;  // [n, 3], of which the last column is read
+  DType param_type;
+  Rounding rounding;  // kStochastic: to nearest
+};
+
 void launch_grad_norm(const SumOfSquares& args, Stream stream);
 void launch_adamw(const AdamWStep& args, Stream stream);
+void launch_limit_norms(const LimitNorms& args, Stream stream);
 
 // launch_adamw for one way of storing the parameters, a source each: adamw_<rounding>.cu.
 template <Rounding R>

@@ -98,53 +98,6 @@ struct Moment {
   }
 };
 
-// A parameter of one thread in fp32.
-template <typename P, Rounding Kind>
-struct Parameter {
-  P* data;
-  void* residue;
-
-  __device__ __forceinline__ void load(int64_t first, int64_t numel, bool whole,
-                                       float (&out)[kRun]) const {
-    P run[kRun];
-    load_run(data, first, numel, whole, rounded_to<P>(0.0f), run);
-    if constexpr (Kind == Rounding::kMaster) {
-      int16_t low[kRun];
-      load_run(static_cast<const int16_t*>(residue), first, numel, whole, int16_t{0}, low);
-      for (int i = 0; i < kRun; ++i) out[i] = load_master(run[i], low[i]);
-    } else {
-      for (int i = 0; i < kRun; ++i) out[i] = to_float(run[i]);
-    }
-    if constexpr (Kind == Rounding::kKahan) {
-      P rest[kRun];
-      load_run(static_cast<const P*>(residue), first, numel, whole, rounded_to<P>(0.0f), rest);
-      for (int i = 0; i < kRun; ++i) out[i] += to_float(rest[i]);
-    }
-  }
-
-  __device__ __forceinline__ void store(const RandomBits& random, int64_t first, int64_t numel,
-                                        bool whole, const float (&in)[kRun]) const {
-    P run[kRun];
-    if constexpr (Kind == Rounding::kMaster) {
-      int16_t low[kRun];
-      for (int i = 0; i < kRun; ++i) store_master(in[i], &run[i], &low[i]);
-      store_run(static_cast<int16_t*>(residue), first, numel, whole, low);
-    } else if constexpr (Kind == Rounding::kStochastic) {
-      uint32_t bits[kRun];
-      random.draw(kWeightBits, bits);
-      for (int i = 0; i < kRun; ++i) run[i] = rounded_stochastically(in[i], bits[i]);
-    } else {
-      for (int i = 0; i < kRun; ++i) run[i] = rounded_to<P>(in[i]);
-      if constexpr (Kind == Rounding::kKahan) {
-        P rest[kRun];
-        for (int i = 0; i < kRun; ++i) rest[i] = rounded_to<P>(in[i] - to_float(run[i]));
-        store_run(static_cast<P*>(residue), first, numel, whole, rest);
-      }
-    }
-    store_run(data, first, numel, whole, run);
-  }
-};
-
 // Two thread blocks a multiprocessor keep 64 KB of loads in flight; with room for three, the
 // compiler spills.
 template <typename P, typename G, Moments M, Rounding R>

@@ -13,7 +13,7 @@ from fasttune._native._extension import (
     free_scratch,
     scratch,
 )
-from fasttune._native.adamw import adamw_step, sums_of_squares
+from fasttune._native.adamw import adamw_step, limit_norms, sums_of_squares
 from fasttune._native.attention import MAX_WIDTH, attention_backward, attention_forward
 from fasttune._native.bias_activation import (
     bias_activation_backward,
@@ -68,6 +68,7 @@ __all__ = [
     "ia3_scale_backward",
     "layer_norm_backward",
     "layer_norm_forward",
+    "limit_norms",
     "lora_down",
     "lora_down_backward",
     "lora_up",

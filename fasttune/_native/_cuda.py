@@ -34,7 +34,10 @@ def cuda_not_built() -> str | None:
     try:
         cuda()
     except ImportError as error:
-        return f"fasttune was built without nvcc or with FASTTUNE_CUDA=0 ({error})"
+        return (
+            f"fasttune was built without nvcc or with FASTTUNE_CUDA=0 ({error}); building it with "
+            "FASTTUNE_CUDA=1 brings nvcc"
+        )
     return None
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fasttune._native._cuda import launch
 from fasttune._native._extension import DTYPE_CODES
-from fasttune._native.adamw import address_table
-from fasttune_kernels.adamw_tables import BLOCK, MOMENTS, ROUNDINGS
+from fasttune_kernels.adamw_tables import MOMENTS, ROUNDINGS, StepArguments
+from fasttune_kernels.multi_tensor_tables import (
+    address_table,
+    blocks_of,
+    counters,
+    limit_table,
+    uploaded,
+)
 
 _SEED_MASK = 2**64 - 1
 
@@ -21,97 +26,68 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     device = grads[0].device
     sizes = tuple(map(Tensor.numel, grads))
     out = torch.zeros((), dtype=torch.float64, device=device)
-    blocks = _blocks_of(sizes, device)
+    blocks = blocks_of(sizes, device)
     if not len(blocks):
         return out
-    table = _uploaded(torch.tensor(address_table([(), grads], sizes)), device)
+    table = uploaded(address_table([(), grads], sizes), device)
     partial = torch.empty(len(blocks), device=device)
     launch(
         "grad_norm",
         device,
-        *(table, blocks, len(blocks), partial, _counters(device, 1), out),
+        *(table, blocks, len(blocks), partial, counters(device, 1), out),
         DTYPE_CODES[grads[0].dtype],
         reachable=grads,
     )
     return out
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    residues: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    facts: Tensor,  # [n, 7] float64 on the host
-    lrs: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    squares: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    skip_nonfinite: bool,
-    rounding: str,
-    maximize: bool,
-    seed: int,
-    *,
-    moments: str,
-) -> Tensor:
-    """Norms [n, 3] fp32; the step in place. All tensors contiguous, each list of one dtype."""
+def adamw_step(arguments: StepArguments) -> Tensor:
+    """Norms [n, 3] fp32; the step in place."""
+    params, sizes = arguments.params, arguments.sizes
     device, count = params[0].device, len(params)
-    sizes = tuple(map(Tensor.numel, params))
     norms = torch.zeros(count, 3, device=device)
-    blocks = _blocks_of(sizes, device)
+    blocks = blocks_of(sizes, device)
     if not len(blocks):
         return norms
-    operands = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, scales)
-    scalars = (lrs, decays, steps)
-    addresses = torch.tensor(address_table(operands, sizes, scalars))
+    operands, scalars = arguments.operands, arguments.scalars
+    addresses = address_table(operands, sizes, scalars).flatten()
     # One copy to the device for both tables.
-    tables = _uploaded(
-        torch.cat([addresses, facts.contiguous().view(torch.int64).flatten()]), device
-    )
+    facts = arguments.facts.contiguous().view(torch.int64).flatten()
+    tables = uploaded(torch.cat([addresses, facts]), device)
     partial = torch.empty(len(blocks), 3, device=device)
     launch(
         "adamw",
         device,
         *(tables, tables[len(addresses) :], blocks, len(blocks)),
-        *(partial, _counters(device, count), norms, squares, grad_scale, found_inf),
-        *(max_grad_norm, -1.0 if maximize else 1.0, skip_nonfinite, seed & _SEED_MASK),
-        *(DTYPE_CODES[params[0].dtype], DTYPE_CODES[grads[0].dtype]),
-        *(MOMENTS.index(moments), ROUNDINGS.index(rounding)),
+        *(partial, counters(device, count), norms),
+        *(arguments.squares, arguments.grad_scale, arguments.found_inf),
+        *(arguments.max_grad_norm, -1.0 if arguments.maximize else 1.0),
+        *(arguments.skip_nonfinite, arguments.seed & _SEED_MASK),
+        *(DTYPE_CODES[params[0].dtype], DTYPE_CODES[arguments.grads[0].dtype]),
+        *(MOMENTS.index(arguments.moments), ROUNDINGS.index(arguments.rounding)),
         reachable=[tensor for tensors in (*operands, *scalars) for tensor in tensors],
     )
     return norms
 
 
-@lru_cache(maxsize=32)
-def _blocks_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[blocks, 3] int32: the tensor of each block, its number there, and how many that tensor has;
-    copied to the device once for each set of sizes.
-    """
-    counts = [-(-size // BLOCK) for size in sizes]
-    rows = [(i, j, count) for i, count in enumerate(counts) for j in range(count)]
-    return torch.tensor(rows, dtype=torch.int32).view(-1, 3).to(device)
-
-
-def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """A table of the host on the device, by one copy that nothing waits for."""
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Zeros [>= count] int32 of the current stream, which every kernel leaves as zeros: a launch
-    less than clearing them.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _zeros(device, stream, max(1024, 1 << (count - 1).bit_length()))
-
-
-@lru_cache(maxsize=32)
-def _zeros(device: torch.device, stream: int, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+def limit_norms(
+    params: Sequence[Tensor],
+    residues: Sequence[Tensor],
+    norms: Tensor,  # [n, 3] fp32
+    limits: Tensor,  # [n] float64 on the host
+    rounding: str,
+) -> None:
+    """Scales each parameter whose norm is above its limit down to it, in place."""
+    device = params[0].device
+    sizes = tuple(map(Tensor.numel, params))
+    blocks = blocks_of(sizes, device)
+    if not len(blocks):
+        return
+    table = uploaded(limit_table(params, residues, sizes, limits), device)
+    launch(
+        "limit_norms",
+        device,
+        *(table, blocks, len(blocks), norms.contiguous()),
+        *(DTYPE_CODES[params[0].dtype], ROUNDINGS.index(rounding)),
+        reachable=[*params, *residues],
+    )

@@ -2,7 +2,7 @@
 backend."""
 
 from fasttune.ops._row_loss import CrossEntropy
-from fasttune.ops.adamw import adamw_step, sum_of_squares
+from fasttune.ops.adamw import adamw_step, limit_norms, sum_of_squares
 from fasttune.ops.attention import attention
 from fasttune.ops.bias_activation import bias_activation
 from fasttune.ops.bottleneck import bottleneck
@@ -38,6 +38,7 @@ __all__ = [
     "glu",
     "ia3_scale",
     "layer_norm",
+    "limit_norms",
     "linear_cross_entropy",
     "linear_log_probs",
     "linear_with_rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from fasttune import _native, _registry
 from fasttune._native import adamw_cuda
 from fasttune.ops import _adamw_reference, _support, _triton
 from fasttune.ops._arguments import KERNEL_DTYPES
+from fasttune_kernels.adamw_tables import StepArguments
 
 SUM_OF_SQUARES = _registry.define(
     "sum_of_squares",
@@ -28,7 +29,11 @@ STEP = _registry.define(
     lambda params, *rest: params[0].new_empty((len(params), 3), dtype=torch.float32),
 )
 
-_MOMENTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "8bit"}
+LIMIT_NORMS = _registry.define(
+    "limit_norms",
+    "(Tensor(a!)[] params, Tensor(b!)[] residues, Tensor norms, Tensor limits, str rounding) -> ()",
+    lambda *args: None,
+)
 
 
 # A list is of one device and dtype: adamw.py checks it, the optimizer sorts by it.
@@ -95,43 +100,18 @@ def _squares_cuda(grads: Sequence[Tensor]) -> Tensor:
 
 @STEP.backend("reference", lambda *args: None)
 def _step_reference(*args: Any) -> Tensor:
-    return _adamw_reference.step(*args)
+    return _adamw_reference.step(StepArguments(*args))
 
 
 @STEP.backend("cpu", _on_cpu)
-def _step_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    residues: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    facts: Tensor,
-    lrs: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    squares: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    skip_nonfinite: bool,
-    rounding: str,
-    maximize: bool,
-    seed: int,
-) -> Tensor:
-    control = (squares, grad_scale, found_inf, max_grad_norm, skip_nonfinite)
-    unscale, clip, skip = _adamw_reference.control(*control)
+def _step_cpu(*args: Any) -> Tensor:
+    arguments = StepArguments(*args)
+    unscale, clip, skip = _adamw_reference.control(arguments)
     if skip:
-        return torch.full((len(params), 3), float("nan"))
-    squared = _native.adamw_step(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, scales,
-        with_device_scalars(facts, lrs, decays, steps),
-        moments=_MOMENTS[exp_avgs[0].dtype],
-        rounding=rounding,
-        grad_factor=unscale * clip * (-1 if maximize else 1),
-        seed=seed,
-    )  # fmt: skip
+        return torch.full((len(arguments.params), 3), float("nan"))
+    facts = with_device_scalars(arguments.facts, *arguments.scalars)
+    sign = -1 if arguments.maximize else 1
+    squared = _native.adamw_step(arguments._replace(facts=facts), grad_factor=unscale * clip * sign)
     norms = squared.sqrt_().to(torch.float32)
     return norms if unscale == 1 else norms * torch.tensor([unscale, 1.0, 1.0])
 
@@ -151,12 +131,34 @@ def with_device_scalars(
 
 @STEP.backend("triton", _on_triton)
 def _step_triton(*args: Any) -> Tensor:
-    exp_avgs = args[2]
-    norms: Tensor = _triton.kernels("adamw").adamw_step(*args, moments=_MOMENTS[exp_avgs[0].dtype])
+    norms: Tensor = _triton.kernels("adamw").adamw_step(StepArguments(*args))
     return norms
 
 
 @STEP.backend("cuda", _step_on_cuda)
 def _step_cuda(*args: Any) -> Tensor:
-    exp_avgs = args[2]
-    return adamw_cuda.adamw_step(*args, moments=_MOMENTS[exp_avgs[0].dtype])
+    return adamw_cuda.adamw_step(StepArguments(*args))
+
+
+def _by_params(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
+    return lambda params, *rest: why_not(params)
+
+
+@LIMIT_NORMS.backend("reference", lambda *args: None)
+def _limit_reference(*args: Any) -> None:
+    _adamw_reference.limit_norms(*args)
+
+
+@LIMIT_NORMS.backend("cpu", _by_params(_on_cpu))
+def _limit_cpu(*args: Any) -> None:
+    _native.limit_norms(*args)
+
+
+@LIMIT_NORMS.backend("triton", _by_params(_on_triton))
+def _limit_triton(*args: Any) -> None:
+    _triton.kernels("adamw_limit").limit_norms(*args)
+
+
+@LIMIT_NORMS.backend("cuda", _by_params(_squares_on_cuda))
+def _limit_cuda(*args: Any) -> None:
+    adamw_cuda.limit_norms(*args)

@@ -17,6 +17,7 @@ from fasttune_kernels.adamw_tables import (
     EXP_AVG_SQ_BITS,
     FACTS,
     WEIGHT_BITS,
+    StepArguments,
 )
 
 
@@ -25,91 +26,98 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack([grad.double().square().sum() for grad in grads]).sum()
 
 
-def step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    residues: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    facts: Tensor,
-    lrs: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    squares: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    skip_nonfinite: bool,
-    rounding: str,
-    maximize: bool,
-    seed: int,
-) -> Tensor:
+def step(arguments: StepArguments) -> Tensor:
     """[n, 3] fp32 norms of gradient, update and updated parameter; NaN if the step is skipped."""
-    unscale, clip, skip = control(squares, grad_scale, found_inf, max_grad_norm, skip_nonfinite)
+    unscale, clip, skip = control(arguments)
+    params = arguments.params
     norms = torch.full((len(params), 3), math.nan, device=params[0].device)
     if skip:
         return norms
-    for i, (param, row) in enumerate(zip(params, facts.tolist(), strict=True)):
+    for i, row in enumerate(arguments.facts.tolist()):
         fact: dict[str, Any] = dict(zip(FACTS, row, strict=True))
-        for name, given in (("lr", lrs), ("decay", decays), ("step", steps)):
+        for name, given in zip(("lr", "decay", "step"), arguments.scalars, strict=True):
             if given:
                 fact[name] = float(given[i])
-        tensor = _Tensor(param, exp_avgs[i], exp_avg_sqs[i], fact, seed, rounding)
-        tensor.top = max_exp_avg_sqs[i] if max_exp_avg_sqs else None
-        tensor.residue = residues[i] if residues else None
-        tensor.scales = scales[i] if scales else None
-        gradient = grads[i].to(tensor.dtype) * unscale
-        update, updated = tensor.step(gradient * (-clip if maximize else clip))
+        tensor = _Tensor(arguments, i, fact)
+        gradient = arguments.grads[i].to(tensor.dtype) * unscale
+        update, updated = tensor.step(gradient * (-clip if arguments.maximize else clip))
         norms[i] = torch.stack([gradient.norm(), update.norm(), updated.norm()])
     return norms
 
 
-def control(
-    squares: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    skip_nonfinite: bool,
-) -> tuple[float, float, bool]:
+def limit_norms(
+    params: Sequence[Tensor],
+    residues: Sequence[Tensor],
+    norms: Tensor,
+    limits: Tensor,
+    rounding: str,
+) -> None:
+    """Scales each parameter whose norm is above its limit down to it; reads the norms."""
+    wanted, sizes = limits.to(torch.float32), norms[:, 2].cpu()
+    larger = (sizes > wanted) & sizes.isfinite()
+    for i, factor in enumerate((wanted / sizes).tolist()):
+        if larger[i]:
+            residue = residues[i] if residues else None
+            scaled = load_param(params[i], residue, rounding) * factor
+            store_param(scaled, params[i], residue, rounding)
+
+
+def control(arguments: StepArguments) -> tuple[float, float, bool]:
     """The factors that unscale and clip the gradients, and whether the step is skipped; reads
     device scalars.
     """
+    grad_scale, found_inf = arguments.grad_scale, arguments.found_inf
     unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
     skip = found_inf is not None and float(found_inf) != 0
-    if squares is None:
+    if arguments.squares is None:
         return unscale, 1.0, skip
-    norm = math.sqrt(float(squares)) * unscale
+    norm = math.sqrt(float(arguments.squares)) * unscale
     if not math.isfinite(norm):
-        return unscale, (math.nan if math.isnan(norm) else 0.0), skip or skip_nonfinite
-    return unscale, min(1.0, max_grad_norm / (norm + 1e-6)), skip
+        skip = skip or arguments.skip_nonfinite
+        return unscale, (math.nan if math.isnan(norm) else 0.0), skip
+    return unscale, min(1.0, arguments.max_grad_norm / (norm + 1e-6)), skip
+
+
+def load_param(param: Tensor, residue: Tensor | None, rounding: str) -> Tensor:
+    """A parameter in the dtype of the arithmetic."""
+    if rounding == "master":
+        assert residue is not None
+        return storage.load_master(param, residue)
+    wide = param.to(accumulator(param.dtype))
+    if rounding == "kahan":
+        assert residue is not None
+        wide = wide + residue.to(wide.dtype)
+    return wide
+
+
+def store_param(value: Tensor, param: Tensor, residue: Tensor | None, rounding: str) -> None:
+    """Rounds to nearest what is not kept in a residue."""
+    if rounding == "master":
+        assert residue is not None
+        storage.store_master(value, param, residue)
+        return
+    param.copy_(value)
+    if rounding == "kahan":
+        assert residue is not None
+        residue.copy_(value - param.to(value.dtype))
 
 
 class _Tensor:
     """One parameter and its state."""
 
-    top: Tensor | None
-    residue: Tensor | None
-    scales: Tensor | None
-
-    def __init__(
-        self,
-        param: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        fact: dict[str, Any],
-        seed: int,
-        rounding: str,
-    ) -> None:
-        self.param, self.exp_avg, self.exp_avg_sq = param, exp_avg, exp_avg_sq
-        self.fact, self.seed, self.rounding = fact, seed, rounding
-        self.dtype = accumulator(param.dtype)
+    def __init__(self, arguments: StepArguments, i: int, fact: dict[str, Any]) -> None:
+        self.param, self.exp_avg = arguments.params[i], arguments.exp_avgs[i]
+        self.exp_avg_sq = arguments.exp_avg_sqs[i]
+        self.top, self.residue, self.scales = (
+            tensors[i] if tensors else None for tensors in arguments.operands[4:]
+        )
+        self.fact, self.seed, self.rounding = fact, arguments.seed, arguments.rounding
+        self.dtype = accumulator(self.param.dtype)
 
     def step(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the results; returns the update and the parameter before it is rounded."""
         fact = self.fact
-        p = self._load_param()
+        p = load_param(self.param, self.residue, self.rounding)
         m = self._load_moment(self.exp_avg, signed=True)
         v = self._load_moment(self.exp_avg_sq, signed=False)
         m = m + (g - m) * (1 - fact["beta1"])
@@ -126,27 +134,11 @@ class _Tensor:
         self._store_param(updated)
         return update, updated
 
-    def _load_param(self) -> Tensor:
-        if self.rounding == "master":
-            assert self.residue is not None
-            return storage.load_master(self.param, self.residue)
-        wide = self.param.to(self.dtype)
-        if self.rounding == "kahan":
-            assert self.residue is not None
-            wide = wide + self.residue.to(self.dtype)
-        return wide
-
     def _store_param(self, value: Tensor) -> None:
-        if self.rounding == "master":
-            assert self.residue is not None
-            storage.store_master(value, self.param, self.residue)
-        elif self.rounding == "stochastic":
+        if self.rounding == "stochastic":
             self.param.copy_(storage.round_stochastically(value, self._random(WEIGHT_BITS)))
         else:
-            self.param.copy_(value)
-            if self.rounding == "kahan":
-                assert self.residue is not None
-                self.residue.copy_(value - self.param.to(self.dtype))
+            store_param(value, self.param, self.residue, self.rounding)
 
     def _load_moment(self, moment: Tensor, *, signed: bool) -> Tensor:
         if moment.dtype != torch.uint8:

@@ -18,7 +18,8 @@ what is kept beside it (_adamw_storage.py), moments likewise.
 By-product: the norms of g before clipping, of u, and of p after the step, of each tensor.
 
 Two launches a step and no host synchronisation on a GPU: sum_of_squares, which reads gradients
-only, and adamw_step, which reads 16 and writes 12 bytes per fp32 element.
+only, and adamw_step, which reads 16 and writes 12 bytes per fp32 element. limit_norms, for
+parameters with a limit, is one more, and touches those above it.
 
 Semantics: torch.optim.AdamW, torch.nn.utils.clip_grad_norm_ (torch 2.13); Decoupled weight decay
 regularization (Loshchilov and Hutter, 2019).
@@ -35,8 +36,8 @@ from torch import Tensor
 
 from fasttune import _registry
 from fasttune._registry import Op
-from fasttune.ops._adamw_backends import STEP, SUM_OF_SQUARES
-from fasttune_kernels.adamw_tables import FACTS, QUANTISED, ROUNDINGS
+from fasttune.ops._adamw_backends import LIMIT_NORMS, STEP, SUM_OF_SQUARES
+from fasttune_kernels.adamw_tables import FACTS, QUANTISED, ROUNDINGS, StepArguments
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -126,10 +127,52 @@ def adamw_step(
     if not params:
         return torch.empty(0, 3)
     tensors = [[flat(t) for t in given] for given in list(lists.values())[:6]]
-    return apply_adamw_step(
+    return apply_adamw_step(StepArguments(
         *tensors, list(scales), facts, list(lrs), list(decays), list(steps), squares, grad_scale,
         found_inf, max_grad_norm, skip_nonfinite, rounding, maximize, seed,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def limit_norms(
+    params: Sequence[Tensor],
+    norms: Tensor,  # [n, 3]
+    limits: Tensor,  # [n]
+    *,
+    residues: Sequence[Tensor] = (),
+    rounding: str = "nearest",
+) -> None:
+    """Scale each parameter whose norm is above its limit down to it, in place, in one launch.
+
+    Computed in fp32 (fp64 for fp64) as factor = limit / norm; a parameter that is not above its
+    limit, or whose norm is not finite, keeps its bits. Nothing on the host waits for the norms.
+
+    Args:
+        params: n dense tensors as those of :func:`adamw_step`.
+        norms: fp32 on the device of params, as :func:`adamw_step` returns them; the last column is
+            read.
+        limits: float64 on the CPU; infinite for a parameter without one.
+        residues, rounding: as in :func:`adamw_step`; "stochastic" rounds to nearest here.
+
+    Raises:
+        TypeError: no float tensor, or a sparse one.
+        ValueError: lengths, shapes, strides, dtypes or devices do not fit, or an unknown rounding.
+    """
+    _check_list("params", params)
+    _check_rounding(rounding, params)
+    _check_residues(params, residues, rounding)
+    count = len(params)
+    for name, table, dtype, shape, device in (
+        ("norms", norms, torch.float32, (count, 3), params[0].device if params else norms.device),
+        ("limits", limits, torch.float64, (count,), torch.device("cpu")),
+    ):
+        if (tuple(table.shape), table.dtype, table.device) != (shape, dtype, device):
+            raise ValueError(
+                f"{name}: expected {list(shape)} {dtype} on {device}, "
+                f"got {list(table.shape)} {table.dtype} on {table.device}"
+            )
+    if params:
+        own, beside = ([flat(tensor) for tensor in given] for given in (params, residues))
+        apply_limit_norms(own, beside, norms, limits, rounding)
 
 
 def apply_sum_of_squares(tensors: list[Tensor]) -> Tensor:
@@ -138,15 +181,23 @@ def apply_sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return squares
 
 
-def apply_adamw_step(params: list[Tensor], grads: list[Tensor], *rest: Any) -> Tensor:
-    """:func:`adamw_step` without validation, arguments in the order of the op's schema; all tensors
-    contiguous.
-    """
-    run = _implementation(STEP, params, grads, *rest)
-    norms: Tensor = run(params, grads, *rest)
+def apply_adamw_step(arguments: StepArguments) -> Tensor:
+    """:func:`adamw_step` without validation; all tensors contiguous, in lists."""
+    run = _implementation(STEP, *arguments)
+    norms: Tensor = run(*arguments)
     if run is not STEP.registered:  # torch's dispatcher would have counted the change
-        torch.autograd.graph.increment_version(params)  # no graph holds the state
+        torch.autograd.graph.increment_version(arguments.params)  # no graph holds the state
     return norms
+
+
+def apply_limit_norms(
+    params: list[Tensor], residues: list[Tensor], norms: Tensor, limits: Tensor, rounding: str
+) -> None:
+    """:func:`limit_norms` without validation; all tensors contiguous."""
+    run = _implementation(LIMIT_NORMS, params, residues, norms, limits, rounding)
+    run(params, residues, norms, limits, rounding)
+    if run is not LIMIT_NORMS.registered:
+        torch.autograd.graph.increment_version(params)
 
 
 def _implementation(op: Op, tensors: Sequence[Tensor], *rest: Any) -> Callable[..., Any]:
@@ -192,8 +243,6 @@ def _check_dense(name: str, tensor: object) -> None:
 
 
 def _validate(lists: dict[str, Sequence[Tensor]], facts: Tensor, rounding: str) -> None:
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     params = lists["params"]
     count = len(params)
     for name, given in lists.items():
@@ -205,50 +254,79 @@ def _validate(lists: dict[str, Sequence[Tensor]], facts: Tensor, rounding: str) 
             f"got {list(facts.shape)} {facts.dtype} on {facts.device}"
         )
     for name in ("params", "grads"):
-        for tensor in lists[name]:
-            _check_dense(name, tensor)
-            if tensor.dtype != lists[name][0].dtype:
-                raise ValueError(f"{name}: expected one dtype, got {tensor.dtype} too")
-    for name, dtypes in _dtypes(params, lists["exp_avgs"], rounding).items():
-        for param, tensor in zip(params, lists[name], strict=bool(lists[name])):
-            if tensor.shape != param.shape or tensor.stride() != param.stride():
-                raise ValueError(
-                    f"{name}: expected shape {tuple(param.shape)} and strides {param.stride()} "
-                    f"of its parameter, got {tuple(tensor.shape)} and {tensor.stride()}"
-                )
-            if tensor.device != param.device:
-                raise ValueError(f"{name}: expected device {param.device}, got {tensor.device}")
-            if tensor.dtype not in dtypes:
-                raise ValueError(f"{name}: expected {dtypes[0]}, got {tensor.dtype}")
-    if rounding in ("master", "kahan") and count and not lists["residues"]:
-        raise ValueError(f"residues: expected {count} tensors for rounding {rounding!r}, got none")
+        _check_list(name, lists[name])
+    _check_rounding(rounding, params)
+    for name, dtypes in _dtypes(params, lists["exp_avgs"]).items():
+        _check_beside(name, lists[name], params, dtypes)
+    _check_residues(params, lists["residues"], rounding)
     _check_scales(params, lists["exp_avgs"], lists["scales"])
+
+
+def _check_rounding(rounding: str, params: Sequence[Tensor]) -> None:
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if not params or rounding not in ("master", "stochastic"):
+        return
+    if params[0].dtype != torch.bfloat16:
+        raise ValueError(f"rounding: {rounding!r} takes bf16 parameters, got {params[0].dtype}")
+
+
+def _check_list(name: str, tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        _check_dense(name, tensor)
+        if tensor.dtype != tensors[0].dtype:
+            raise ValueError(f"{name}: expected one dtype, got {tensor.dtype} too")
+
+
+def _check_beside(
+    name: str,
+    tensors: Sequence[Tensor],
+    params: Sequence[Tensor],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """What lies beside each parameter has its shape, strides and device, and one of ``dtypes``."""
+    for param, tensor in zip(params, tensors, strict=bool(tensors)):
+        if tensor.shape != param.shape or tensor.stride() != param.stride():
+            raise ValueError(
+                f"{name}: expected shape {tuple(param.shape)} and strides {param.stride()} "
+                f"of its parameter, got {tuple(tensor.shape)} and {tensor.stride()}"
+            )
+        if tensor.device != param.device:
+            raise ValueError(f"{name}: expected device {param.device}, got {tensor.device}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: expected {dtypes[0]}, got {tensor.dtype}")
+
+
+def _check_residues(params: Sequence[Tensor], residues: Sequence[Tensor], rounding: str) -> None:
+    count = len(params)
+    if len(residues) not in (0, count):
+        raise ValueError(f"residues: expected {count} tensors as params, got {len(residues)}")
+    if rounding in ("master", "kahan") and count and not residues:
+        raise ValueError(f"residues: expected {count} tensors for rounding {rounding!r}, got none")
+    if params:
+        own = torch.int16 if rounding == "master" else params[0].dtype
+        _check_beside("residues", residues, params, (own,))
 
 
 _ALWAYS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
 
 
 def _dtypes(
-    params: Sequence[Tensor], exp_avgs: Sequence[Tensor], rounding: str
+    params: Sequence[Tensor], exp_avgs: Sequence[Tensor]
 ) -> dict[str, tuple[torch.dtype, ...]]:
-    """The dtypes that each list may have."""
+    """The dtypes that gradients and moments may have."""
     if not params:
         return {}
-    own = params[0].dtype
-    if rounding in ("master", "stochastic") and own != torch.bfloat16:
-        raise ValueError(f"rounding: {rounding!r} takes bf16 parameters, got {own}")
     first = (torch.float32, torch.bfloat16, torch.uint8)
-    if own == torch.float64:
+    if params[0].dtype == torch.float64:
         first = (torch.float64, torch.float64, torch.float64)
     moments = (exp_avgs[0].dtype,) if exp_avgs[0].dtype in first else first
-    residue = torch.int16 if rounding == "master" else own
     anything = (*first, torch.float16, torch.float64)
     return {
         "grads": anything,
         "exp_avgs": moments,
         "exp_avg_sqs": moments,
         "max_exp_avg_sqs": moments,
-        "residues": (residue,),
     }
 
 

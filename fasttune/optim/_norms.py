@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,9 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fasttune.ops import _adamw_storage as storage
+from fasttune.ops.adamw import apply_limit_norms
+from fasttune.optim import _options as options
 from fasttune.optim._buckets import Bucket
-
-_WEIGHT = 2  # column of the norms
 
 
 def reduced(bucket: Bucket, norms: Tensor) -> Tensor:
@@ -34,23 +34,17 @@ def reduced(bucket: Bucket, norms: Tensor) -> Tensor:
 
 
 def limit_norms(bucket: Bucket, norms: Tensor, limits: Sequence[float | None]) -> None:
-    """Scale the parameters of a bucket whose norm is above the limit of their group down to it.
-
-    The factor stays on the device; a parameter within its limit keeps its bits.
-    """
-    if not any(limits):
+    """Scale the parameters of a bucket whose norm is above the limit of their group down to it."""
+    if all(limits[group] is None for group in bucket.used_groups):
         return
-    limited = [i for i, group in enumerate(bucket.groups) if limits[group] is not None]
-    wanted = norms.new_tensor([limits[bucket.groups[i]] for i in limited])
-    weights = reduced(bucket, norms)[limited, _WEIGHT]
-    factors = (wanted / weights).clamp(max=1.0).nan_to_num(nan=1.0)
-    params = bucket.local(bucket.params)
-    low_bits, rests = bucket.list_of("master_low_bits"), bucket.list_of("kahan_sum")
-    for i, factor in zip(limited, factors.unbind(), strict=True):
-        if low_bits:
-            master = storage.load_master(params[i], low_bits[i]) * factor
-            storage.store_master(master, params[i], low_bits[i])
-            continue
-        params[i].mul_(factor)
-        if rests:
-            rests[i].mul_(factor)
+    of_group = torch.tensor(
+        [math.inf if limit is None else limit for limit in limits], dtype=torch.float64
+    )
+    rounding = bucket.format.rounding
+    apply_limit_norms(
+        bucket.local(bucket.params),
+        bucket.list_of(options.residue_key(rounding)),
+        reduced(bucket, norms),
+        of_group[bucket.group_index],
+        rounding,
+    )

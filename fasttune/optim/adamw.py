@@ -17,6 +17,7 @@ from fasttune.optim import _options as options
 from fasttune.optim._buckets import Bucket, Plan
 from fasttune.optim._global_norm import sum_of_squares
 from fasttune.optim._norms import limit_norms, reduced
+from fasttune_kernels.adamw_tables import StepArguments
 
 
 @dataclass(frozen=True)
@@ -203,27 +204,28 @@ class AdamW(Optimizer):
         form = bucket.format
         lrs, decays, steps = _facts.on_device(bucket, self.param_groups)
         limit = self._one_value("max_grad_norm")
-        norms = apply_adamw_step(
-            bucket.local(bucket.params),
-            grads,
-            bucket.list_of("exp_avg"),
-            bucket.list_of("exp_avg_sq"),
-            bucket.list_of("max_exp_avg_sq"),
-            bucket.list_of(options.residue_key(form.rounding)),
-            bucket.list_of("moment_scales"),
-            _facts.of_bucket(bucket, table),
-            lrs,
-            decays,
-            steps,
-            squares.get(form.device),
-            _on(form.device, scale),
-            _on(form.device, found),
-            math.inf if limit is None else float(limit),
-            bool(self._one_value("skip_nonfinite")),
-            form.rounding,
-            form.maximize,
-            int(self._one_value("seed")),
+        arguments = StepArguments(
+            params=bucket.local(bucket.params),
+            grads=grads,
+            exp_avgs=bucket.list_of("exp_avg"),
+            exp_avg_sqs=bucket.list_of("exp_avg_sq"),
+            max_exp_avg_sqs=bucket.list_of("max_exp_avg_sq"),
+            residues=bucket.list_of(options.residue_key(form.rounding)),
+            scales=bucket.list_of("moment_scales"),
+            facts=_facts.of_bucket(bucket, table),
+            lrs=lrs,
+            decays=decays,
+            steps=steps,
+            squares=squares.get(form.device),
+            grad_scale=_on(form.device, scale),
+            found_inf=_on(form.device, found),
+            max_grad_norm=math.inf if limit is None else float(limit),
+            skip_nonfinite=bool(self._one_value("skip_nonfinite")),
+            rounding=form.rounding,
+            maximize=form.maximize,
+            seed=int(self._one_value("seed")),
         )
+        norms = apply_adamw_step(arguments)
         limit_norms(bucket, norms, [group["max_norm"] for group in self.param_groups])
         return norms
 

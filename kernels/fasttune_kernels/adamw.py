@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adamw_storage import load_codes, load_master, store_codes, store_master, store_stochastic
+from .adamw_storage import (
+    load,
+    load_codes,
+    load_param,
+    store,
+    store_codes,
+    store_param,
+    store_stochastic,
+)
 from .adamw_tables import (
     ADDRESSES,
     BLOCK,
@@ -22,18 +30,11 @@ from .adamw_tables import (
     FACTS,
     QUANTISED,
     WEIGHT_BITS,
+    StepArguments,
 )
 from .launch import launch
-from .multi_tensor import (
-    ELEMENT,
-    aligned,
-    blocks_of,
-    counters,
-    is_last,
-    pointer_to,
-    sum_of_column,
-    uploaded,
-)
+from .multi_tensor import ELEMENT, is_last, pointer_to, sum_of_column
+from .multi_tensor_tables import address_table, aligned, blocks_of, counters, uploaded
 from .tables import MAX_REGISTERS, launch_device
 
 # Elements at a time: 16 bytes a thread of the smallest operand. A step has four or more operands of
@@ -59,23 +60,16 @@ _EXP_AVG_SQ_BITS = tl.constexpr(EXP_AVG_SQ_BITS)
 
 
 @triton.jit
-def _load(pointer, i, numel, other, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointer + i, mask=i < numel, other=other)
-    return tl.load(pointer + i)
-
-
-@triton.jit
 def _squares_of(pointer, start, numel, MASKED: tl.constexpr, STEP: tl.constexpr):
     i = start + tl.arange(0, STEP)
-    g = _load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
+    g = load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
     return g * g
 
 
 # Floor: the gradients are read once, 4 bytes an fp32 element.
 @triton.jit(do_not_specialize=["blocks"])
 def _sum_of_squares_kernel(
-    table_ptr,  # [n, 2] int64: address and size
+    table_ptr,  # [n, 11] int64: addresses
     blocks_ptr,  # [blocks, 3] int32
     partial_ptr,  # [blocks] fp32
     counter_ptr,
@@ -90,8 +84,9 @@ def _sum_of_squares_kernel(
     program = tl.program_id(0)
     tensor = tl.load(blocks_ptr + program * 3).to(tl.int64)
     first = tl.load(blocks_ptr + program * 3 + 1).to(tl.int64) * BLOCK
-    pointer = pointer_to(tl.load(table_ptr + tensor * 2), ELEMENT, ALIGNED)
-    numel = tl.load(table_ptr + tensor * 2 + 1)
+    row = table_ptr + tensor * _ADDRESS_COLUMNS
+    pointer = pointer_to(tl.load(row + 1), ELEMENT, ALIGNED)
+    numel = tl.load(row + 7)
     acc = tl.zeros((STEP,), dtype=tl.float32)
     for offset in range(0, BLOCK, STEP):
         start = first + offset
@@ -112,8 +107,7 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     if not len(blocks):
         return torch.zeros((), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float64, device=device)
-    rows = [[grad.data_ptr(), size] for grad, size in zip(grads, sizes, strict=True)]
-    table = uploaded(torch.tensor(rows), device)
+    table = uploaded(address_table([(), grads], sizes), device)
     partial = torch.empty(len(blocks), dtype=torch.float32, device=device)
     with launch_device(grads[0]):
         launch(
@@ -188,22 +182,13 @@ def _control(
 
 
 @triton.jit
-def _store(pointer, i, numel, value, MASKED: tl.constexpr):
-    value = value.to(pointer.dtype.element_ty)
-    if MASKED:
-        tl.store(pointer + i, value, mask=i < numel)
-    else:
-        tl.store(pointer + i, value)
-
-
-@triton.jit
 def _load_moment(
     pointer, scales, i, start, numel, MASKED: tl.constexpr, MOMENTS: tl.constexpr,
     SIGNED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     if MOMENTS == "8bit":
-        return load_codes(_load(pointer, i, numel, 0, MASKED), scales, start, numel, SIGNED, STEP)
-    return _load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
+        return load_codes(load(pointer, i, numel, 0, MASKED), scales, start, numel, SIGNED, STEP)
+    return load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
 
 
 @triton.jit
@@ -216,12 +201,12 @@ def _store_moment(
         codes = store_codes(
             value, scales, start, numel, stream, step, purpose, key0, key1, SIGNED, STEP
         )
-        _store(pointer, i, numel, codes, MASKED)
+        store(pointer, i, numel, codes, MASKED)
     elif MOMENTS == "bf16":
         rounded = store_stochastic(value, start, stream, step, purpose, key0, key1, STEP)
-        _store(pointer, i, numel, rounded, MASKED)
+        store(pointer, i, numel, rounded, MASKED)
     else:
-        _store(pointer, i, numel, value, MASKED)
+        store(pointer, i, numel, value, MASKED)
 
 
 @triton.jit
@@ -233,15 +218,9 @@ def _update(
 ):  # fmt: skip
     """One stretch of STEP elements; returns the squares of gradient, update and parameter."""
     i = start + tl.arange(0, STEP)
-    raw = _load(grad, i, numel, 0.0, MASKED).to(tl.float32)
+    raw = load(grad, i, numel, 0.0, MASKED).to(tl.float32)
     g = raw * factor
-    stored = _load(param, i, numel, 0.0, MASKED)
-    if ROUNDING == "master":
-        p = load_master(stored, _load(residue, i, numel, 0, MASKED))
-    else:
-        p = stored.to(tl.float32)
-        if ROUNDING == "kahan":
-            p += _load(residue, i, numel, 0.0, MASKED).to(tl.float32)
+    p = load_param(param, residue, i, numel, MASKED, ROUNDING)
     sq_scales = scales
     if MOMENTS == "8bit":
         sq_scales = scales + tl.cdiv(numel, QUANTISED)
@@ -267,18 +246,11 @@ def _update(
         root = tl.where(i < numel, root, 1.0)
     down = tl.div_rn(m * step_size, root) + p * decay
     updated = p - down
-    if ROUNDING == "master":
-        weight, low = store_master(updated)
-        _store(param, i, numel, weight, MASKED)
-        _store(residue, i, numel, low, MASKED)
-    elif ROUNDING == "stochastic":
+    if ROUNDING == "stochastic":
         weight = store_stochastic(updated, start, stream, step, _WEIGHT_BITS, key0, key1, STEP)
-        _store(param, i, numel, weight, MASKED)
+        store(param, i, numel, weight, MASKED)
     else:
-        weight = updated.to(param.dtype.element_ty)
-        _store(param, i, numel, weight, MASKED)
-        if ROUNDING == "kahan":
-            _store(residue, i, numel, updated - weight.to(tl.float32), MASKED)
+        store_param(param, residue, i, numel, updated, MASKED, ROUNDING)
     return raw * raw, down * down, updated * updated
 
 
@@ -381,48 +353,22 @@ def _adamw_step_kernel(
             tl.store(norms_ptr + tensor * 3 + column, norm + missing)
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    residues: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    facts: Tensor,  # [n, 7] float64 on the host
-    lrs: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    squares: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float,
-    skip_nonfinite: bool,
-    rounding: str,
-    maximize: bool,
-    seed: int,
-    *,
-    moments: str,
-) -> Tensor:
-    """Norms [n, 3] fp32; the step in place. All tensors contiguous, each list of one dtype."""
+def adamw_step(arguments: StepArguments) -> Tensor:
+    """Norms [n, 3] fp32; the step in place."""
+    params, grads, exp_avgs = arguments.params, arguments.grads, arguments.exp_avgs
+    sizes, residues = arguments.sizes, arguments.residues
     device, count = params[0].device, len(params)
-    sizes = tuple(param.numel() for param in params)
     # Tensors without elements have no block to write their norms.
     norms = (torch.empty if all(sizes) else torch.zeros)(count, 3, device=device)
     blocks = blocks_of(sizes, device)
     if not len(blocks):
         return norms
-    operands = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, residues, scales)
-    table = torch.zeros(count, _COLUMNS.value, dtype=torch.int64)
-    table[:, ADDRESSES.index("numel")] = torch.tensor(sizes)
-    for column, tensors in enumerate((*operands, (), lrs, decays, steps)):  # as ADDRESSES
-        if tensors:
-            table[:, column] = torch.tensor([tensor.data_ptr() for tensor in tensors])
-    table[:, len(ADDRESSES) : -1] = facts.contiguous().view(torch.int64)
-    table[:, -1] = seed
+    addresses = address_table(arguments.operands, sizes, arguments.scalars)
+    facts = arguments.facts.contiguous().view(torch.int64)
+    table = torch.cat([addresses, facts, addresses.new_full((count, 1), arguments.seed)], dim=1)
     partial = torch.empty(len(blocks), 3, dtype=torch.float32, device=device)
     residue = residues[0].dtype if residues else torch.int16
-    vectors = [t for tensors in operands[:6] for t in tensors]
+    vectors = [t for tensors in arguments.operands[:6] for t in tensors]
     with launch_device(params[0]):
         launch(
             _adamw_step_kernel,
@@ -432,22 +378,22 @@ def adamw_step(
             partial,
             counters(device, count),
             norms,
-            squares,
-            grad_scale,
-            found_inf,
-            max_grad_norm,
-            -1.0 if maximize else 1.0,
+            arguments.squares,
+            arguments.grad_scale,
+            arguments.found_inf,
+            arguments.max_grad_norm,
+            -1.0 if arguments.maximize else 1.0,
             PARAM=ELEMENT[params[0].dtype],
             GRAD=ELEMENT[grads[0].dtype],
             MOMENT=ELEMENT[exp_avgs[0].dtype],
             RESIDUE=ELEMENT[residue],
-            MOMENTS=moments,
-            ROUNDING=rounding,
-            AMSGRAD=bool(max_exp_avg_sqs),
-            LR_ON_DEVICE=bool(lrs),
-            DECAY_ON_DEVICE=bool(decays),
-            STEP_ON_DEVICE=bool(steps),
-            SKIP_NONFINITE=skip_nonfinite,
+            MOMENTS=arguments.moments,
+            ROUNDING=arguments.rounding,
+            AMSGRAD=bool(arguments.max_exp_avg_sqs),
+            LR_ON_DEVICE=bool(arguments.lrs),
+            DECAY_ON_DEVICE=bool(arguments.decays),
+            STEP_ON_DEVICE=bool(arguments.steps),
+            SKIP_NONFINITE=arguments.skip_nonfinite,
             ALIGNED=aligned(vectors),
             BLOCK=BLOCK,
             STEP=_STEP_BLOCK,

@@ -17,6 +17,22 @@ _UNSIGNED_LOWEST = tl.constexpr(UNSIGNED_LOWEST)
 
 
 @triton.jit
+def load(pointer, i, numel, other, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + i, mask=i < numel, other=other)
+    return tl.load(pointer + i)
+
+
+@triton.jit
+def store(pointer, i, numel, value, MASKED: tl.constexpr):
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + i, value, mask=i < numel)
+    else:
+        tl.store(pointer + i, value)
+
+
+@triton.jit
 def _is_finite(bits):
     return (bits & 0x7F800000) != 0x7F800000
 
@@ -42,6 +58,32 @@ def store_master(master):
     weight = tl.where(finite, _bf16_of(nearest), master.to(tl.bfloat16))
     low = tl.where(finite, bits - (nearest << 16), 0)
     return weight, low.to(tl.int16)
+
+
+@triton.jit
+def load_param(param, residue, i, numel, MASKED: tl.constexpr, ROUNDING: tl.constexpr):
+    """A stretch of a parameter in fp32."""
+    stored = load(param, i, numel, 0.0, MASKED)
+    if ROUNDING == "master":
+        return load_master(stored, load(residue, i, numel, 0, MASKED))
+    value = stored.to(tl.float32)
+    if ROUNDING == "kahan":
+        value += load(residue, i, numel, 0.0, MASKED).to(tl.float32)
+    return value
+
+
+@triton.jit
+def store_param(param, residue, i, numel, value, MASKED: tl.constexpr, ROUNDING: tl.constexpr):
+    """Rounds to nearest what is not kept in a residue."""
+    if ROUNDING == "master":
+        weight, low = store_master(value)
+        store(param, i, numel, weight, MASKED)
+        store(residue, i, numel, low, MASKED)
+    else:
+        weight = value.to(param.dtype.element_ty)
+        store(param, i, numel, weight, MASKED)
+        if ROUNDING == "kahan":
+            store(residue, i, numel, value - weight.to(tl.float32), MASKED)
 
 
 @triton.jit

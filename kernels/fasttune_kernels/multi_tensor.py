@@ -1,19 +1,11 @@
-"""Kernels over many tensors in one launch: their addresses, and which program takes what."""
+"""What kernels over many tensors share: pointers read from a table, and sums over programs."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .adamw_tables import BLOCK
-from .tables import divide_up
-
-_VECTOR_BYTES = 16
 ELEMENT = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -21,44 +13,6 @@ ELEMENT = {
     torch.uint8: tl.uint8,
     torch.int16: tl.int16,
 }
-
-
-@lru_cache(maxsize=32)
-def blocks_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[blocks, 3] int32: the tensor of each block, its number there, and how many that tensor has;
-    copied to the device once for each set of sizes.
-    """
-    counts = torch.tensor([divide_up(size, BLOCK) for size in sizes])
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    first = torch.cumsum(counts, 0) - counts
-    number = torch.arange(int(counts.sum())) - first[tensor]
-    table = torch.stack([tensor, number, counts[tensor]], dim=1).to(torch.int32)
-    return table.to(device)
-
-
-def uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """An int64 table of the host on the device, by one copy that nothing waits for."""
-    if device.type == "cpu":
-        return table
-    return table.pin_memory().to(device, non_blocking=True)
-
-
-@lru_cache(maxsize=32)
-def _counters(device: torch.device, stream: int, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
-
-def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros [>= count] int32 of the current stream, which every kernel leaves as zeros: a launch
-    less than clearing them.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _counters(device, stream, triton.next_power_of_2(max(count, 1024)))
-
-
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every address allows accesses of 16 bytes."""
-    return all(tensor.data_ptr() % _VECTOR_BYTES == 0 for tensor in tensors)
 
 
 @triton.jit

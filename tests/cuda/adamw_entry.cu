@@ -23,3 +23,11 @@ extern "C" void adamw(const void* tensors, const void* facts, const void* blocks
        DType(param_type), DType(grad_type), Moments(moments), Rounding(rounding)},
       nullptr);
 }
+
+extern "C" void limit_norms(const void* tensors, const void* blocks, int64_t block_count,
+                            const float* norms, int64_t param_type, int64_t rounding) {
+  cuda::launch_limit_norms(
+      {static_cast<const AdamWLimit*>(tensors), static_cast<const cuda::AdamWBlock*>(blocks),
+       block_count, norms, DType(param_type), Rounding(rounding)},
+      nullptr);
+}

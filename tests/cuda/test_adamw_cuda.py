@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fasttune.ops import _adamw_reference as reference
 from fasttune.testing import cuda_on_host
-from fasttune_kernels.adamw_tables import ADDRESSES, BLOCK, MOMENTS, QUANTISED, ROUNDINGS
+from fasttune_kernels.adamw_tables import (
+    ADDRESSES,
+    BLOCK,
+    MOMENTS,
+    QUANTISED,
+    ROUNDINGS,
+    StepArguments,
+)
+from fasttune_kernels.multi_tensor_tables import limit_table
 
 ROOT = Path(__file__).parents[2]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -101,12 +109,10 @@ class Step:
         return norms
 
     def expected(self, time: int, **options: Any) -> Tensor:
-        return reference.step(
-            *self.lists, self.facts(time), [], [], [], options.get("squares"),
-            options.get("grad_scale"), options.get("found_inf"),
-            options.get("max_grad_norm", math.inf), options.get("skip", False), self.rounding,
-            False, 5,
-        )  # fmt: skip
+        arguments = StepArguments(
+            *self.lists, self.facts(time), rounding=self.rounding, seed=5, **options
+        )
+        return reference.step(arguments)
 
 
 FORMATS = [
@@ -201,3 +207,28 @@ def test_memory_outside_the_tables_is_an_error(kernels: cuda_on_host.Kernels) ->
             torch.zeros(1, dtype=torch.int32), torch.zeros((), dtype=torch.float64), 0,
             reachable=step.grads,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "moments", "rounding", "amsgrad"), FORMATS, ids=str)
+def test_limits_are_those_of_the_reference(
+    kernels: cuda_on_host.Kernels,
+    dtype: torch.dtype,
+    moments: str,
+    rounding: str,
+    amsgrad: bool,
+) -> None:
+    ours, theirs = (Step(dtype, moments, rounding, amsgrad) for _ in range(2))
+    norms = [step.expected(1) for step in (ours, theirs)]
+    limits = torch.tensor([3.0, math.inf, 1.0], dtype=torch.float64)
+    table = limit_table(ours.params, ours.residues, [p.numel() for p in ours.params], limits)
+    blocks = blocks_of(ours.params)
+    kernels(
+        "limit_norms", table, blocks, len(blocks), norms[0], CODES[dtype],
+        ROUNDINGS.index(rounding), seed=3, reachable=[*ours.params, *ours.residues],
+    )  # fmt: skip
+    reference.limit_norms(theirs.params, theirs.residues, norms[1], limits, rounding)
+    for mine, other in zip(
+        [*ours.params, *ours.residues], [*theirs.params, *theirs.residues], strict=True
+    ):
+        assert torch.equal(mine, other)
+    assert float(ours.params[0].double().norm()) == pytest.approx(3.0, rel=1e-2)

@@ -47,8 +47,8 @@ def resources() -> list[tuple[str, str, dict[str, int]]]:
 def test_every_target_has_every_kernel() -> None:
     kernels = {target: {k for t, k, _ in resources() if t == target} for target in TARGETS}
     assert {t for t, _, _ in resources()} == set(TARGETS)
-    names = ("rms_norm_fwd", "rms_norm_bwd", "glu_fwd", "glu_bwd", "adamw", "grad_norm")
-    for name in (*names, *LORA):
+    names = ("rms_norm_fwd", "rms_norm_bwd", "glu_fwd", "glu_bwd")
+    for name in (*names, "adamw", "grad_norm", "limit_norms", *LORA):
         assert any(f"{name}_kernel" in kernel for kernel in kernels["sm_75"]), name
     assert all(own == kernels["sm_75"] for own in kernels.values())
     assert " ".join(TARGETS) == _native.cuda().TARGETS
@@ -81,6 +81,21 @@ def test_vectorised_kernels_access_16_bytes_at_a_time(target: str) -> None:
         assert bool(wide["STG"]) == (not scalar), (kernel, counts)
         checked += 1
     assert checked > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_limits_on_norms_access_16_bytes_at_a_time(target: str) -> None:
+    """Of whole runs; the kernels hold the path of tails as well. Addresses that come from a table
+    are generic: LD and ST."""
+    checked = 0
+    text = cuobjdump("-sass", "-arch", target)
+    for kernel, body in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.S):
+        if "limit_norms_kernel" not in kernel:
+            continue
+        assert re.search(r"LDG?\.\S*128", body) and re.search(r"STG?\.\S*128", body), kernel
+        checked += 1
+    assert checked == 7  # to nearest and with Kahan's sum for three dtypes, and a master
 
 
 @pytest.mark.slow

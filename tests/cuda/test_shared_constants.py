@@ -76,6 +76,7 @@ def test_tables_of_adamw() -> None:
     header = COMMON / "adamw.h"
     assert fields(header, "AdamWAddresses") == adamw_tables.ADDRESSES
     assert fields(header, "AdamWFacts") == adamw_tables.FACTS
+    assert fields(header, "AdamWLimit") == adamw_tables.LIMITS
     assert constant(header, "kAdamWBlock") == adamw_tables.BLOCK
     assert constant(header, "kQuantised") == adamw_tables.QUANTISED
     names = [words(name) for name in enumerators(header, "Rounding")]

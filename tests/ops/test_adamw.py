@@ -1,8 +1,9 @@
-"""adamw_step and sum_of_squares: every backend and format against the reference, the reference
-against fp64 and torch."""
+"""adamw_step, limit_norms and sum_of_squares: every backend and format against the reference, the
+reference against fp64 and torch."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fasttune import BackendError, _native
 from fasttune.ops import _adamw_storage as storage
-from fasttune.ops.adamw import adamw_step, sum_of_squares
+from fasttune.ops.adamw import adamw_step, limit_norms, sum_of_squares
 from fasttune.testing import cuda_on_host
 from fasttune.testing.conformance import backend
 from fasttune_kernels import adamw_tables as tables
@@ -422,6 +423,101 @@ def test_sum_of_squares_is_that_of_fp64(name: str, dtype: torch.dtype) -> None:
     assert float(sum_of_squares([])) == 0
 
 
+LIMITED = [form for form in FORMATS if form[1] == "fp32" and not form[3]]
+
+
+@pytest.mark.parametrize("name", ["reference", *BUILDS, *KERNELS[2:]])
+@pytest.mark.parametrize(("dtype", "moments", "rounding", "amsgrad"), LIMITED, ids=ids)
+def test_a_norm_is_scaled_down_to_its_limit(
+    dtype: torch.dtype, moments: str, rounding: str, amsgrad: bool, name: str
+) -> None:
+    """Each element within a rounding of the dtype (of its residue too) of fp64, and untouched
+    bits below the limit; one tensor has a norm that is not finite."""
+    run = Run(dtype, moments, rounding, amsgrad)
+    norms = run.step()
+    norms[4, 2] = math.inf
+    limits = torch.full((len(SHAPES),), 1e4, dtype=FP64)
+    limits[0], limits[1], limits[2], limits[4], limits[5] = 3.0, math.inf, 1.5, 1.0, 0.1
+    before = [exact(run, i) for i in range(len(SHAPES))]
+    stored = [t.clone() for t in (*run.params, *run.residues)]
+    with backend(name):
+        limit_norms(run.params, norms, limits, residues=run.residues, rounding=rounding)
+    for i in (0, 2, 5):
+        factor = float(limits[i]) / float(norms[i, 2])
+        eps = {"master": 2**-24, "kahan": torch.finfo(dtype).eps ** 2}.get(rounding, 0.0)
+        error = (exact(run, i) - before[i] * factor).abs()
+        place = max(eps, 2**-23) if rounding in ("master", "kahan") else torch.finfo(dtype).eps
+        floor = 2**-24 if dtype == FP16 else 0.0  # half the smallest subnormal
+        assert (error <= (place + 2**-23) * before[i].abs() * factor + floor).all()
+        assert (run.params[i].double() - exact(run, i)).abs().max() <= torch.finfo(dtype).eps
+    now = [*run.params, *run.residues]
+    for i in {1, 3, 4, 6}:
+        for offset in (0, len(SHAPES)) if run.residues else (0,):
+            assert torch.equal(stored[i + offset], now[i + offset])
+
+
+def exact(run: Run, i: int) -> Tensor:
+    """A parameter with what is kept beside it, in fp64."""
+    if run.rounding == "master":
+        return storage.load_master(run.params[i], run.residues[i]).double()
+    value = run.params[i].double()
+    return value + run.residues[i].double() if run.rounding == "kahan" else value
+
+
+@pytest.mark.parametrize("name", [*BUILDS, *KERNELS[2:]])
+@pytest.mark.parametrize(("dtype", "moments", "rounding", "amsgrad"), LIMITED, ids=ids)
+def test_limits_have_the_bits_of_the_reference(
+    dtype: torch.dtype, moments: str, rounding: str, amsgrad: bool, name: str
+) -> None:
+    results = []
+    for which in ("reference", name):
+        run = Run(dtype, moments, rounding, amsgrad)
+        norms = run.step()
+        limits = torch.full((len(SHAPES),), 1.25, dtype=FP64)
+        with backend(which):
+            limit_norms(run.params, norms, limits, residues=run.residues, rounding=rounding)
+        results.append([*run.params, *run.residues])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_fp64_parameters_have_limits_too() -> None:
+    param, norms = torch.full((4,), 2.0, dtype=FP64), torch.tensor([[0.0, 0.0, 4.0]])
+    limit_norms([param], norms, torch.tensor([1.0], dtype=FP64))
+    assert torch.equal(param, torch.full((4,), 0.5, dtype=FP64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": torch.zeros(2, 2)}, r"norms: expected \[2, 3\] torch.float32 on cpu"),
+        ({"limits": torch.zeros(2)}, r"limits: expected \[2\] torch.float64 on cpu, got \[2\]"),
+        ({"residues": []}, "residues: expected 2 tensors for rounding 'master', got none"),
+        ({"residues": [torch.zeros(3, dtype=torch.int16)]}, "residues: expected 2 tensors as"),
+        ({"rounding": "up"}, "rounding: expected one of nearest"),
+        ({"params": [torch.ones(3), torch.ones(3)]}, "rounding: 'master' takes bf16"),
+    ],
+)
+def test_wrong_limits_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "params": [torch.ones(3).bfloat16() for _ in range(2)],
+        "norms": torch.full((2, 3), 9.0),
+        "limits": torch.ones(2, dtype=FP64),
+        "residues": [torch.zeros(3, dtype=torch.int16) for _ in range(2)],
+        "rounding": "master",
+        **changes,
+    }
+    with pytest.raises(ValueError, match=message):
+        limit_norms(**arguments)
+    assert all((param == 1).all() for param in arguments["params"])
+
+
+def test_the_arguments_of_a_step_are_those_of_the_schema() -> None:
+    schema = torch.ops.fasttune.adamw_step.default._schema
+    assert tuple(a.name for a in schema.arguments) == tables.StepArguments._fields
+    function = list(inspect.signature(adamw_step).parameters)
+    assert sorted(function) == sorted(tables.StepArguments._fields)
+
+
 def test_torch_sees_the_op() -> None:
     run = Run(BF16, "fp32", "master", shapes=((32,), (5, 3)))
     run.time = 1
@@ -432,13 +528,17 @@ def test_torch_sees_the_op() -> None:
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fasttune.adamw_step.default, args)
     torch.library.opcheck(torch.ops.fasttune.sum_of_squares.default, (grads,))
+    limited = (run.params, run.residues, run.step(grads), torch.ones(2, dtype=FP64), "master")
+    torch.library.opcheck(torch.ops.fasttune.limit_norms.default, limited)
 
 
 def test_autograd_sees_that_parameters_changed() -> None:
     run = Run(shapes=((4,),))
     version = run.params[0]._version
-    run.step()
-    assert run.params[0]._version > version
+    norms = run.step()
+    stepped = run.params[0]._version
+    limit_norms(run.params, norms, torch.ones(1, dtype=FP64))
+    assert run.params[0]._version > stepped > version
 
 
 def test_dense_tensors_of_any_order_are_taken_as_they_lie() -> None:

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fasttune import use_backend
+from fasttune.ops import _triton
+from fasttune.optim import AdamW
 from fasttune.testing.triton_compile import GPU_LIMITS, count_global_loads, count_global_stores
 from fasttune.testing.triton_dry_run import Launch, dry_run
 from fasttune_kernels.adamw import adamw_step, sum_of_squares
-from fasttune_kernels.adamw_tables import BLOCK
+from fasttune_kernels.adamw_limit import limit_norms
+from fasttune_kernels.adamw_tables import BLOCK, StepArguments
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
@@ -36,7 +40,14 @@ CASES = [
 
 
 def launches_of(
-    capability: int, dtype: str, moments: str, rounding: str, amsgrad: bool, *, offset: int = 0
+    capability: int,
+    dtype: str,
+    moments: str,
+    rounding: str,
+    amsgrad: bool,
+    *,
+    offset: int = 0,
+    limited: bool = False,
 ) -> list[Launch]:
     def make(kind: torch.dtype) -> list[Tensor]:
         flat = [torch.zeros(SHAPE[0] * SHAPE[1] + offset, dtype=kind) for _ in range(COUNT)]
@@ -50,11 +61,15 @@ def launches_of(
     none: list[Any] = []
     with dry_run(capability) as launches:
         squares = sum_of_squares(grads)
-        adamw_step(
+        residues = none if residue is None else make(residue)
+        arguments = StepArguments(
             make(own), grads, make(moment), make(moment), make(moment) if amsgrad else none,
-            none if residue is None else make(residue), scales, facts, none, none, none, squares,
-            None, None, 1.0, False, rounding, False, 0, moments=moments,
+            residues, scales, facts, squares=squares, max_grad_norm=1.0, rounding=rounding,
         )  # fmt: skip
+        norms = adamw_step(arguments)
+        if limited:
+            limits = torch.full((COUNT,), 1.0, dtype=torch.float64)
+            limit_norms(arguments.params, residues, norms, limits, rounding)
     return launches
 
 
@@ -84,6 +99,33 @@ def test_two_launches_of_wide_accesses(
     # A B200 would need 5 programs of 8-bit moments; registers leave room for 3.
     needed = launches[1].limits.bytes_in_flight
     assert in_flight >= (needed if capability != 100 or moments == dtype == "fp32" else 20 * 1024)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "moments", "rounding", "amsgrad"), CASES)
+def test_limits_on_norms_are_one_launch_more(
+    capability: int, dtype: str, moments: str, rounding: str, amsgrad: bool
+) -> None:
+    *_, launch = launches = launches_of(capability, dtype, moments, rounding, amsgrad, limited=True)
+    assert len(launches) == 3 and launch.kernel == "_limit_norms_kernel"
+    assert launch.grid == (COUNT * 2, 1, 1)
+    assert not launch.resources.spills and launch.shared_bytes == 0
+    operands = 2 if rounding in ("master", "kahan") else 1
+    assert count_global_loads(launch.instructions, bits=128) >= operands
+    assert count_global_stores(launch.instructions, bits=128) >= operands
+
+
+def test_a_step_of_the_optimizer_is_three_launches_with_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_triton, "accepts_cpu_tensors", True)
+    params = [nn.Parameter(torch.ones(SHAPE)) for _ in range(5)]
+    for param in params:
+        param.grad = torch.ones(SHAPE)
+    optimizer = AdamW(params, max_grad_norm=1.0, max_norm=2.0)
+    with dry_run(90) as launches, use_backend("triton"):
+        optimizer.step()
+    kernels = ["_sum_of_squares_kernel", "_adamw_step_kernel", "_limit_norms_kernel"]
+    assert [launch.kernel for launch in launches] == kernels
 
 
 def test_unaligned_tensors_compile_to_narrow_accesses() -> None:
