@@ -83,10 +83,10 @@ def add(
         name: letters, digits, ``_`` and ``-``.
         placement: "seq_bn", "double_seq_bn", "par_bn", which takes the input of the MLP, or
             "adapter_plus": after the block, with weights from N(0, 0.01) cut at two deviations;
-            "hub_seq_bn" and "hub_par_bn": where the library adapters places its "seq_bn" and
-            "par_bn" (docs/adapters.md). "conv_parallel" and "conv_sequential", of a convolutional
-            model, run beside and after a convolution of every residual block; batch norms then keep
-            their statistics, also in training mode.
+            "hub_seq_bn", "hub_par_bn" and "hub_double_seq_bn": where the library adapters places
+            its "seq_bn", "par_bn" and "double_seq_bn" (docs/adapters.md). "conv_parallel" and
+            "conv_sequential", of a convolutional model, run beside and after a convolution of every
+            residual block; batch norms then keep their statistics, also in training mode.
         reduction_factor: the output width of the layer over the bottleneck size, above 0; of a
             convolution, the channels that the adapter takes, and it must divide them.
         activation, scaling, dropout: of :class:`fasttune.nn.BottleneckAdapter` or
