@@ -1,11 +1,10 @@
-"""Which method when: seven ways to fine-tune all-MiniLM-L6-v2 on the same reviews, same seeds.
+"""Which method when: eight ways to fine-tune all-MiniLM-L6-v2 on the same reviews, same seeds.
 
-Full fine-tuning, the classifier alone, LoRA, bottleneck adapters, (IA)^3, ReFT and prompt tuning,
-each at a learning rate of its own (``--search`` also tries a third and three times of it, on rows
-of the validation tenth); accuracy on rows of the test tenth over the seeds, trained parameters,
-time of a step and peak memory. Model and data are those of minilm_sentiment.py. Every method runs
-after ``fasttune.patch``. (Prefix tuning needs a model that takes a cache; transformers' BERT takes
-none.)
+Full fine-tuning, the classifier alone, LoRA, bottleneck adapters, (IA)^3, ReFT, prefix and prompt
+tuning, each at a learning rate of its own (``--search`` also tries a third and three times of it,
+on rows of the validation tenth); accuracy on rows of the test tenth over the seeds, trained
+parameters, time of a step and peak memory. Model and data are those of minilm_sentiment.py. Every
+method runs after ``fasttune.patch``.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from minilm_sentiment import MODEL_COMMAND, encode, find_archive, read_reviews, 
 from peft import (
     IA3Config,
     LoraConfig,
+    PrefixTuningConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
 )
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import AutoTokenizer, BertForSequenceClassification, logging
 
 import fasttune
 from fasttune import adapters
@@ -38,12 +38,30 @@ HEAD = ["classifier"]
 TASK = TaskType.SEQ_CLS  # PEFT then trains the classifier in full
 
 
+class Classifier(BertForSequenceClassification):
+    """BERT's attention takes the cached keys and values of a prefix, at once for all tokens. PEFT
+    0.21 hands them over as ``past_key_values``, which transformers 5 calls ``cache``.
+    """
+
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return super().forward(*args, cache=past_key_values, **kwargs)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a method changes a model with a fresh classifier, and its learning rate."""
 
     apply: Callable[[nn.Module], nn.Module]
     lr: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after training, the milliseconds of its steps and the peak memory above the start."""
+
+    model: nn.Module
+    times: list[float]
+    peak_mib: float
 
 
 @dataclass(frozen=True)
@@ -100,6 +118,9 @@ METHODS = {
     "adapters, 1/16": Method(bottleneck, 1e-3),
     "(IA)^3": Method(with_peft(ia3), 1e-2),
     "ReFT, r 8, first token": Method(reft, 3e-3),
+    "prefix, 20 tokens": Method(
+        with_peft(lambda: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=20)), 1e-2
+    ),
     "prompt, 20 tokens": Method(
         with_peft(lambda: PromptTuningConfig(task_type=TASK, num_virtual_tokens=20)), 1e-2
     ),
@@ -173,11 +194,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
     sorted_rows = [sorted(part, key=lambda row: len(row[0])) for part in parts]
     validation_batches, test_batches = (batches(part, 128) for part in sorted_rows)
 
-    def run(name: str, seed: int, lr: float) -> tuple[nn.Module, list[float], float, int]:
+    def run(name: str, seed: int, lr: float) -> Trained:
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+        model: Any = Classifier.from_pretrained(folder, num_labels=2)
         model = fasttune.patch(METHODS[name].apply(model).to(args.device))
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         training = training_rows(rows, args.steps * args.batch_size, seed)
         meter = memory_meter(args.device)
         meter.set_baseline()
@@ -185,23 +205,26 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
         times = train(
             model, batches(training, args.batch_size), lr=lr, title=f"{name}, seed {seed}"
         )
-        return model, times, meter.end_block() / 2**20, trained
+        return Trained(model, times, meter.end_block() / 2**20)
 
     results = {}
     for name, method in METHODS.items():
+        rates = (method.lr / 3, method.lr, 3 * method.lr) if args.search else (method.lr,)
+        first = {rate: run(name, args.seed, rate) for rate in rates}
         lr = method.lr
-        if args.search:  # with the first seed
-            rates = (lr / 3, lr, 3 * lr)
-            tried = [accuracy(run(name, args.seed, r)[0], validation_batches) for r in rates]
-            lr = rates[max(range(len(rates)), key=tried.__getitem__)]
-        accuracies, times, peaks, trained = [], [], [], 0
+        if args.search:
+            reached = {rate: accuracy(one.model, validation_batches) for rate, one in first.items()}
+            lr = max(reached, key=reached.__getitem__)
+        accuracies, times, peaks, count = [], [], [], 0
         for seed in range(args.seed, args.seed + args.seeds):
-            model, own, peak, trained = run(name, seed, lr)
-            accuracies.append(accuracy(model, test_batches))
-            times += own
-            peaks.append(peak)
+            one = first[lr] if seed == args.seed else run(name, seed, lr)
+            accuracies.append(accuracy(one.model, test_batches))
+            times += one.times
+            peaks.append(one.peak_mib)
+            count = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
+            console.print(f"{name}, lr {lr:g}, seed {seed}: {accuracies[-1]:.4f}", highlight=False)
         results[name] = Result(
-            accuracies, trained, statistics.median(times), statistics.median(peaks), lr
+            accuracies, count, statistics.median(times), statistics.median(peaks), lr
         )
     console.print(table(results, args.steps))
     figure(results, args.out)

