@@ -6,7 +6,16 @@ import functools
 
 import torch
 
-from .tables import Gpu, Tile
+from .tables import Gpu, Tile, next_power_of_2
+
+# Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
+MAX_BLOCK_R = 128
+
+
+def rank_block(rank: int) -> int:
+    """The block that holds a rank; 16 is the least that a tensor-core product takes on an axis."""
+    return min(max(next_power_of_2(rank), 16), MAX_BLOCK_R)
+
 
 # How `dot_exact` computes a product:
 #   "mma"    both operands of one 16-bit dtype, tensor cores
@@ -175,3 +184,26 @@ def group_input_gradient_tile(
         rows = 32 if dropout and capability >= 120 else 64  # 64 rows spill 16 bytes there
         return Tile(rows, 64 if dropout else 128, 4, 2)
     return Tile(32, 64, 4, 2) if arithmetic == "fma" else Tile(32, 128, 8, 2)
+
+
+# Segments: tile, rows and ranks are read from tables, which costs registers: as for one branch, but
+# narrower where that would spill.
+
+
+@functools.cache
+def segmented_down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
+    """[rows of x, features per step]."""
+    tile = down_tile(capability, arithmetic, block_r, dropout)
+    if arithmetic == "fma" and block_r in (32, 64):
+        return Tile(tile.rows, tile.columns, 8, tile.stages)
+    return tile
+
+
+@functools.cache
+def segmented_weight_grad_tile(
+    capability: int, arithmetic: str, block_r: int, dropout: bool
+) -> Tile:
+    """[rows per step, features of the output]."""
+    if arithmetic == "terms" and block_r >= 64 and capability != 90:
+        return _for_bandwidth(capability, Tile(32, 64, 8, 4))
+    return weight_grad_tile(capability, arithmetic, block_r, dropout)
