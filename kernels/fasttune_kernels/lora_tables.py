@@ -142,7 +142,7 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
 
 
 # Groups: a program holds the accumulators and masks of all branches at once. Beyond these limits it
-# would spill, and the branches are taken one by one. The tiles for "terms" and "split" are the best
+# would spill, and more branches are taken in packs. The tiles for "terms" and "split" are the best
 # of six to nine on an H100 with 8192 rows, 4096 features and rank 16 (bench/results/lora_tiles-*):
 # two programs of four warps a multiprocessor beat one of eight by up to a half.
 GROUP_BRANCHES, GROUP_RANKS = 3, 64
@@ -194,7 +194,7 @@ def group_input_gradient_tile(
 def segmented_down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows of x, features per step]."""
     tile = down_tile(capability, arithmetic, block_r, dropout)
-    if arithmetic == "fma" and block_r in (32, 64):
+    if arithmetic == "fma" and block_r in (32, 64) and capability >= 80:  # fp32: 16 bytes a thread
         return Tile(tile.rows, tile.columns, 8, tile.stages)
     return tile
 
