@@ -48,12 +48,12 @@ from .lora_segments import (
     Batch,
 )
 from .lora_tables import (
+    SEGMENTED_UP_BLOCK_R,
     arithmetic_of,
     has_tensor_cores,
     rank_block,
     segmented_down_tile,
     segmented_weight_grad_tile,
-    up_block_r,
     up_tile,
 )
 from .multi_tensor import ELEMENT, pointer_to
@@ -408,8 +408,7 @@ def up(
     gpu = gpu_of(y)
     dtype, facts = _factor(batch, factor)
     arithmetic = arithmetic_of(gpu, t.dtype, dtype, y.dtype)
-    block_r = up_block_r(arithmetic, rank_block(max(batch.ranks)))
-    tile = up_tile(gpu.capability, arithmetic, block_r, seed is not None)
+    tile = up_tile(gpu.capability, arithmetic, SEGMENTED_UP_BLOCK_R, seed is not None)
     table = batch.tiles(tile.rows, max(batch.ranks)).table
     with launch_device(y):
         launch(
@@ -428,7 +427,7 @@ def up(
             EIGHTS=batch.eights,
             BY_PLACE=batch.by_place,
             ADD=add,
-            BLOCK_R=block_r,
+            BLOCK_R=SEGMENTED_UP_BLOCK_R,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             HAS_DROPOUT=seed is not None,

@@ -189,13 +189,15 @@ def group_input_gradient_tile(
 # Segments: tile, rows and ranks are read from tables, which costs registers: as for one branch, but
 # narrower where that would spill.
 
+SEGMENTED_UP_BLOCK_R = 16  # as `up_block_r`
+
 
 @functools.cache
 def segmented_down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows of x, features per step]."""
     tile = down_tile(capability, arithmetic, block_r, dropout)
-    if arithmetic == "fma" and block_r in (32, 64) and capability >= 80:  # fp32: 16 bytes a thread
-        return Tile(tile.rows, tile.columns, 8, tile.stages)
+    if arithmetic == "fma" and block_r >= 32 and capability >= 80:  # fp32: 16 bytes a thread
+        return Tile(32, 32, 8, tile.stages)
     return tile
 
 
@@ -204,6 +206,8 @@ def segmented_weight_grad_tile(
     capability: int, arithmetic: str, block_r: int, dropout: bool
 ) -> Tile:
     """[rows per step, features of the output]."""
+    if arithmetic == "terms" and block_r == 32:
+        return _for_bandwidth(capability, Tile(32, 128, 4, 4))
     if arithmetic == "terms" and block_r >= 64 and capability != 90:
         return _for_bandwidth(capability, Tile(32, 64, 8, 4))
     return weight_grad_tile(capability, arithmetic, block_r, dropout)
