@@ -8,8 +8,8 @@ from itertools import groupby
 
 from torch import Tensor
 
-# Every segment is a handful of launches on a rank-sized problem. Beyond this many, gathering the
-# rows of each branch (one read and one write of x, y, dy and dx) costs less than launching.
+# Where every segment is a handful of calls on a rank-sized problem, gathering the rows of each
+# branch (one read and one write of x, y, dy and dx) costs less than calling beyond this many.
 MAX_SEGMENTS = 64
 
 BASE = -1  # of a row without a branch

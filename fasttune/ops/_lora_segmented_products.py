@@ -1,7 +1,8 @@
 """Forward and backward of lora_segmented in terms of the primitives of a backend.
 
 One product with the base weight for the whole batch; per segment the four products of lora_linear
-on a view of its rows (docs/design.md), so that only rank-sized work depends on the adapters.
+on a view of its rows (docs/design.md), so that only rank-sized work depends on the adapters. In
+Triton all segments are one launch a product, where they fit: `_lora_segmented_triton`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fasttune import _native
-from fasttune.ops import _gemm
+from fasttune.ops import _gemm, _lora_segmented_triton
 from fasttune.ops._lora_linear_products import Needs, add_product, branch_scale, total_bias
 from fasttune.ops._lora_segmented_plan import gaps, triples
 
@@ -77,6 +78,10 @@ def _branches(
 def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """The forward in terms of the primitives of a backend."""
     x, weight, bias, a, b, lora_biases, *facts, segments, order, seed, dtype = args
+    if prims is not _native and segments:
+        together = _lora_segmented_triton.forward(*args)
+        if together is not None:
+            return together
     own = _branches(prims, a, b, facts, segments, order, seed)
     rows = own.gathered(x)
     ts = [
@@ -138,6 +143,10 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     gradients.
     """
     dy, x, weight, a, b, ts, *facts, segments, order, seed, x_dtype, needs = args
+    if prims is not _native and segments:
+        together = _lora_segmented_triton.backward(*args)
+        if together is not None:
+            return together
     need = Needs.unpack(needs, 1, len(a))
     own = _branches(prims, a, b, facts, segments, order, seed)
     rows = own.gathered(dy)

@@ -13,8 +13,9 @@ Maths. Row m belongs to branch j = rows_of(m), or to none (-1). Products accumul
 
 W meets the whole batch in one product. A branch sees only its own rows: runs of neighbouring rows
 (*segments*, views of x) or, where there are more than MAX_SEGMENTS of them, its rows gathered once
-in x's own dtype. A branch without rows gets no gradient (None, not zeros): weight decay must not
-move an adapter that is not in the batch.
+in x's own dtype. In Triton a product of all segments is one launch and nothing is gathered. A
+branch without rows gets no gradient (None, not zeros): weight decay must not move an adapter that
+is not in the batch.
 
 Saved for backward: x as it came (only if an A or W trains and its producer cannot rebuild it), t
 and parameters. The dropout mask of row m of branch j is that of docs/design.md with ``branch`` = j
@@ -164,7 +165,7 @@ def lora_segmented(
         rows_of: int64, the index of the branch of every row, or -1 for a base row: one entry for
             each of the M rows, or one for each of the B samples, whose M / B rows then share it. A
             tensor on a GPU is read with a synchronisation; a list is not. In any order, but more
-            than MAX_SEGMENTS runs of equal entries cost a copy of their rows.
+            than MAX_SEGMENTS runs of equal entries cost a copy of their rows, except in Triton.
         bias: [N].
         seed: 0-d int64 tensor on the device of x that fixes the dropout masks; drawn from torch's
             generator of the device if None and a branch that has rows has dropout.

@@ -10,21 +10,23 @@ A group is projections of one input: q, k and v, or gate and up. Legend and prec
                               dA_j = D_j^T (x * keep_j)              one read of x
 
 Each kernel takes a tuple of branches, and its body is repeated for each of them at compile time
-(by hand in a loop over tiles, because Triton before 3.9 carries no tuples through one).
-Each function returns None where the branches do not fit one kernel; `lora_linear` then takes them
-one by one.
+(by hand in a loop over tiles, because Triton before 3.9 carries no tuples through one). More
+branches than a program has registers for are taken in packs: n branches of rank 16 read x n / 3
+times, rounded up, and the dx0 of packs are added. Each function returns None where no two branches
+fit one kernel; `lora_linear` then takes them one by one, as a branch that is left alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import lora_linear
 from .dot_exact import dot_exact
 from .launch import launch
 from .lora_tables import (
@@ -36,11 +38,12 @@ from .lora_tables import (
     group_pair_tile,
     group_weight_grad_tile,
     has_tensor_cores,
+    rank_block,
     up_tile,
 )
 from .partials import sum_group_partials, sum_partials
 from .philox import keep_mask, load_philox_key
-from .tables import MAX_REGISTERS, divide_up, gpu_of, launch_device, next_power_of_2
+from .tables import MAX_REGISTERS, divide_up, gpu_of, launch_device
 
 
 class Draw(TypedDict):
@@ -397,22 +400,49 @@ def _lora_input_gradient_group_kernel(
 
 
 def _block_r(ranks: Sequence[int]) -> int:
-    return max(next_power_of_2(max(ranks)), 16)
+    return rank_block(max(ranks))
 
 
-def _fit(
-    thin: Sequence[Tensor], ranks: Sequence[int], rows: int, draws: Sequence[Draw] = ()
-) -> bool:
-    """Whether branches with these contiguous factors [R, K] or [N, R] go through one kernel."""
-    return (
-        len({draw["threshold"] for draw in draws}) < 2
-        and 1 < len(ranks) <= GROUP_BRANCHES
-        and rows > 0
-        and min(ranks) > 0
-        and len(ranks) * _block_r(ranks) <= GROUP_RANKS
-        and len({factor.dtype for factor in thin}) == 1
-        and all(factor.is_contiguous() for factor in thin)
-    )
+def _packs(
+    factors: Sequence[Tensor],
+    ranks: Sequence[int],
+    rows: int,
+    draws: Sequence[Draw] = (),
+) -> list[list[int]]:
+    """Branches with these factors [R, K] or [N, R], split into those that go through one kernel.
+
+    Branches of one kernel share the dtype, the dropout and a block of ranks. Packs are of even
+    sizes: a kernel is compiled for each size.
+    """
+    alike: dict[object, list[int]] = {}
+    for j, factor in enumerate(factors):
+        kind = (factor.dtype, draws[j]["threshold"] if draws else 0)
+        fits = rows > 0 and factor.is_contiguous() and 0 < ranks[j] <= GROUP_RANKS // 2
+        alike.setdefault(kind if fits else j, []).append(j)
+    packs = []
+    for members in alike.values():
+        block_r = _block_r([ranks[j] for j in members])
+        limit = min(GROUP_BRANCHES, max(GROUP_RANKS // block_r, 1))
+        count, size = divide_up(len(members), limit), len(members)
+        packs += [members[i * size // count : (i + 1) * size // count] for i in range(count)]
+    return packs
+
+
+def _alone(packs: Sequence[Sequence[int]]) -> bool:
+    return all(len(pack) == 1 for pack in packs)
+
+
+def _of(pack: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
+    """The items of a pack's branches."""
+    return [[items[j] for j in pack] for items in lists]
+
+
+def _in_order(packs: Sequence[Sequence[int]], results: Sequence[Sequence[Any]]) -> list[Any]:
+    """The results of all packs, branch by branch."""
+    found = {}
+    for pack, items in zip(packs, results, strict=True):
+        found.update(zip(pack, items, strict=True))
+    return [found[j] for j in range(len(found))]
 
 
 def lora_down_group(
@@ -424,11 +454,29 @@ def lora_down_group(
     row_offset: int = 0,
 ) -> list[Tensor] | None:
     """-> t_j [M, R] fp32 = s_j (x * keep_j) a_j^T, views of one buffer."""
-    m, k = x.shape
-    ranks = [factor.shape[0] for factor in a]
-    if not _fit(a, ranks, m, draws):
+    packs = _packs(a, [factor.shape[0] for factor in a], x.shape[0], draws)
+    if _alone(packs):
         return None
-    threshold = draws[0]["threshold"]
+    parts = [_down(x, *_of(pack, a, scales, scale_tensors, draws), row_offset) for pack in packs]
+    return _in_order(packs, parts)
+
+
+def _down(
+    x: Tensor,
+    a: Sequence[Tensor],
+    scales: Sequence[float],
+    scale_tensors: Sequence[Tensor | None],
+    draws: Sequence[Draw],
+    row_offset: int,
+) -> list[Tensor]:
+    if len(a) == 1:
+        return [
+            lora_linear.lora_down(
+                x, a[0], scales[0], scale_tensors[0], **draws[0], row_offset=row_offset
+            )
+        ]
+    m, k = x.shape
+    ranks, threshold = [factor.shape[0] for factor in a], draws[0]["threshold"]
     gpu, block_r = gpu_of(x), _block_r(ranks)
     arithmetic = arithmetic_of(gpu, x.dtype, a[0].dtype)
     tile = group_down_tile(gpu.capability, arithmetic, threshold > 0)
@@ -481,9 +529,21 @@ def lora_up_group(
     out_dtype: torch.dtype,
 ) -> list[Tensor] | None:
     """-> y0_i [M, N] in `out_dtype` = bias_i + t_i b_i^T."""
-    ranks, m = [t.shape[1] for t in ts], ts[0].shape[0]
-    if not _fit(bs, ranks, m):
+    packs = _packs(bs, [t.shape[1] for t in ts], ts[0].shape[0])
+    if _alone(packs):
         return None
+    return _in_order(packs, [_up(*_of(pack, ts, bs, biases), out_dtype) for pack in packs])
+
+
+def _up(
+    ts: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    out_dtype: torch.dtype,
+) -> list[Tensor]:
+    if len(ts) == 1:
+        return [lora_linear.lora_up(ts[0], bs[0], biases[0], out_dtype=out_dtype)]
+    ranks, m = [t.shape[1] for t in ts], ts[0].shape[0]
     gpu, block_r = gpu_of(ts[0]), _block_r(ranks)
     arithmetic = arithmetic_of(gpu, ts[0].dtype, bs[0].dtype, out_dtype)
     tile = up_tile(gpu.capability, arithmetic, block_r, False)
@@ -519,14 +579,34 @@ def lora_up_backward_group(
     scale_tensors: Sequence[Tensor | None],  # 0-d, None for 1
 ) -> tuple[list[Tensor], list[Tensor]] | None:
     """-> d_j [M, R] fp32 = s_j dy_j b_j, and db_j [N, R] in b's dtype = dy_j^T t_j."""
-    ranks, m = [b.shape[1] for b in bs], dys[0].shape[0]
-    if not _fit(bs, ranks, m) or len({dy.dtype for dy in dys}) > 1:
+    packs = _packs(bs, [b.shape[1] for b in bs], dys[0].shape[0])
+    if _alone(packs) or len({dy.dtype for dy in dys}) > 1:
         return None
+    ds, dbs = [], []
+    for pack in packs:
+        pairs = _up_backward(*_of(pack, dys, ts, bs, scales, scale_tensors))
+        ds.append(pairs[0])
+        dbs.append(pairs[1])
+    return _in_order(packs, ds), _in_order(packs, dbs)
+
+
+def _up_backward(
+    dys: Sequence[Tensor],
+    ts: Sequence[Tensor],
+    bs: Sequence[Tensor],
+    scales: Sequence[float],
+    scale_tensors: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    ranks, m = [b.shape[1] for b in bs], dys[0].shape[0]
     gpu, block_r = gpu_of(dys[0]), _block_r(ranks)
     arithmetic = arithmetic_of(gpu, dys[0].dtype, bs[0].dtype)
     tile = group_pair_tile(gpu.capability, arithmetic, block_r)
-    if tile is None:
-        return None
+    if tile is None or len(dys) == 1:
+        singles = [
+            lora_linear.lora_up_backward(*branch, need_d=True, need_db=True)
+            for branch in zip(dys, ts, bs, scales, scale_tensors, strict=True)
+        ]
+        return [d for d, _ in singles], [db for _, db in singles]
     widths = [b.shape[0] for b in bs]
     column_blocks = [divide_up(n, tile.columns) for n in widths]
     # As for one branch: fill the multiprocessors twice, with 128 to 1024 rows a program.
@@ -577,14 +657,18 @@ def lora_down_backward_group(
     """-> dx0 [M, K] in `dx_dtype` = sum_j keep_j * (d_j a_j), and da_j [R, K] in a's dtype = d_j^T
     (x * keep_j).
     """
-    ranks, m = [d.shape[1] for d in ds], ds[0].shape[0]
-    if not _fit(a, ranks, m, draws):
+    packs = _packs(a, [d.shape[1] for d in ds], ds[0].shape[0], draws)
+    if _alone(packs):
         return None
-    dx = _input_gradient(ds, a, draws, row_offset, dx_dtype) if need_dx else None
-    das = None
+    dx = das = None
+    if need_dx:
+        for pack in packs:
+            part = _input_gradient(*_of(pack, ds, a, draws), row_offset, dx_dtype)
+            dx = part if dx is None else dx.add_(part)
     if need_da:
         assert x is not None
-        das = _weight_grads(x, ds, a, draws, row_offset)
+        parts = [_weight_grads(x, *_of(pack, ds, a, draws), row_offset) for pack in packs]
+        das = _in_order(packs, parts)
     return dx, das
 
 
@@ -600,6 +684,12 @@ def _input_gradient(
     row_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if len(ds) == 1:
+        dx, _ = lora_linear.lora_down_backward(
+            ds[0], a[0], None, **draws[0], row_offset=row_offset,
+            dx_dtype=dtype, need_dx=True, need_da=False,
+        )  # fmt: skip
+        return dx
     m, k = ds[0].shape[0], a[0].shape[1]
     ranks, threshold = [d.shape[1] for d in ds], draws[0]["threshold"]
     gpu, block_r = gpu_of(ds[0]), _block_r(ranks)
@@ -637,6 +727,12 @@ def _weight_grads(
     draws: Sequence[Draw],
     row_offset: int,
 ) -> list[Tensor]:
+    if len(ds) == 1:
+        _, da = lora_linear.lora_down_backward(
+            ds[0], a[0], x, **draws[0], row_offset=row_offset,
+            dx_dtype=x.dtype, need_dx=False, need_da=True,
+        )  # fmt: skip
+        return [da]
     m, k = x.shape
     ranks, threshold = [d.shape[1] for d in ds], draws[0]["threshold"]
     gpu, block_r = gpu_of(x), _block_r(ranks)

@@ -29,16 +29,14 @@ from .lora_tables import (
     down_tile,
     has_tensor_cores,
     pair_tile,
+    rank_block,
     up_block_r,
     up_tile,
     weight_grad_tile,
 )
 from .partials import sum_partials, sum_two_partials
 from .philox import keep_mask, load_philox_key
-from .tables import MAX_REGISTERS, Tile, divide_up, gpu_of, launch_device, next_power_of_2
-
-# Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
-MAX_BLOCK_R = 128
+from .tables import MAX_REGISTERS, Tile, divide_up, gpu_of, launch_device
 
 
 # Floor: read M K of x once, R K of A (stays in L2), write 4 M R; 2 M K R operations: at rank 16 in
@@ -331,11 +329,6 @@ def _lora_up_backward_kernel(
     tl.store(db_ptr + of_b, tl.trans(db).to(db_ptr.dtype.element_ty), mask=inside_b)
 
 
-def _block_r(rank: int) -> int:
-    # 16 is the least a tensor-core product accepts on every axis.
-    return min(max(next_power_of_2(rank), 16), MAX_BLOCK_R)
-
-
 def _down(
     x: Tensor,  # [M, K]
     a: Tensor,  # [R, K], any strides
@@ -352,7 +345,7 @@ def _down(
     if m == 0:
         return t
     gpu = gpu_of(x)
-    block_r = _block_r(r)
+    block_r = rank_block(r)
     arithmetic = arithmetic_of(gpu, x.dtype, a.dtype)
     tile = down_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(m, tile.rows) * divide_up(r, block_r)
@@ -417,7 +410,7 @@ def _up(
         return y
     gpu = gpu_of(t)
     arithmetic = arithmetic_of(gpu, t.dtype, b.dtype, y.dtype)
-    block_r = up_block_r(arithmetic, _block_r(r))
+    block_r = up_block_r(arithmetic, rank_block(r))
     tile = up_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     with launch_device(t):
         launch(
@@ -467,7 +460,7 @@ def _weight_grad(
         out.zero_()
         return
     gpu = gpu_of(x)
-    block_r = _block_r(r)
+    block_r = rank_block(r)
     arithmetic = arithmetic_of(gpu, x.dtype, d.dtype)
     tile = weight_grad_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(k, tile.columns) * divide_up(r, block_r)
@@ -547,7 +540,7 @@ def _up_backward_pair(
             dy.stride(0),
             rows_per_program,
             R=r,
-            BLOCK_R=_block_r(r),
+            BLOCK_R=rank_block(r),
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             PARTIAL_D=column_blocks > 1,
@@ -676,7 +669,7 @@ def lora_up_backward(
     if need_d and need_db and dy.shape[0] > 0:
         gpu = gpu_of(dy)
         arithmetic = arithmetic_of(gpu, dy.dtype, b.dtype)
-        tile = pair_tile(gpu.capability, arithmetic, _block_r(b.shape[1]))
+        tile = pair_tile(gpu.capability, arithmetic, rank_block(b.shape[1]))
         if tile is not None:
             return _up_backward_pair(dy, t, b, float(scale), scale_tensor, tile)
     d = _down(dy, b.t(), float(scale), scale_tensor, None, 0, 0, 0) if need_d else None

@@ -6,7 +6,16 @@ import functools
 
 import torch
 
-from .tables import Gpu, Tile
+from .tables import Gpu, Tile, next_power_of_2
+
+# Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
+MAX_BLOCK_R = 128
+
+
+def rank_block(rank: int) -> int:
+    """The block that holds a rank; 16 is the least that a tensor-core product takes on an axis."""
+    return min(max(next_power_of_2(rank), 16), MAX_BLOCK_R)
+
 
 # How `dot_exact` computes a product:
 #   "mma"    both operands of one 16-bit dtype, tensor cores
@@ -133,7 +142,7 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
 
 
 # Groups: a program holds the accumulators and masks of all branches at once. Beyond these limits it
-# would spill, and the branches are taken one by one. The tiles for "terms" and "split" are the best
+# would spill, and more branches are taken in packs. The tiles for "terms" and "split" are the best
 # of six to nine on an H100 with 8192 rows, 4096 features and rank 16 (bench/results/lora_tiles-*):
 # two programs of four warps a multiprocessor beat one of eight by up to a half.
 GROUP_BRANCHES, GROUP_RANKS = 3, 64
@@ -175,3 +184,30 @@ def group_input_gradient_tile(
         rows = 32 if dropout and capability >= 120 else 64  # 64 rows spill 16 bytes there
         return Tile(rows, 64 if dropout else 128, 4, 2)
     return Tile(32, 64, 4, 2) if arithmetic == "fma" else Tile(32, 128, 8, 2)
+
+
+# Segments: tile, rows and ranks are read from tables, which costs registers: as for one branch, but
+# narrower where that would spill.
+
+SEGMENTED_UP_BLOCK_R = 16  # as `up_block_r`
+
+
+@functools.cache
+def segmented_down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
+    """[rows of x, features per step]."""
+    tile = down_tile(capability, arithmetic, block_r, dropout)
+    if arithmetic == "fma" and block_r >= 32 and capability >= 80:  # fp32: 16 bytes a thread
+        return Tile(32, 32, 8, tile.stages)
+    return tile
+
+
+@functools.cache
+def segmented_weight_grad_tile(
+    capability: int, arithmetic: str, block_r: int, dropout: bool
+) -> Tile:
+    """[rows per step, features of the output]."""
+    if arithmetic == "terms" and block_r == 32:
+        return _for_bandwidth(capability, Tile(32, 128, 4, 4))
+    if arithmetic == "terms" and block_r >= 64 and capability != 90:
+        return _for_bandwidth(capability, Tile(32, 64, 8, 4))
+    return weight_grad_tile(capability, arithmetic, block_r, dropout)

@@ -17,6 +17,7 @@ from fasttune.testing.triton_compile import (
 from fasttune.testing.triton_dry_run import dry_run
 from fasttune.testing.triton_interpreter import interpreted
 from fasttune_kernels import lora_group, lora_linear
+from fasttune_kernels.tables import divide_up
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32)]
@@ -48,8 +49,9 @@ class Group:
         self.b = [randn(n, r, dtype=a_dtype) for n, r in zip(widths, ranks, strict=True)]
         self.biases = [None, *(randn(n, dtype=x_dtype) for n in widths[1:])]
         self.ds = [randn(m, r) for r in ranks]
-        self.scales = [1.5, 0.5, 2.0][: len(ranks)]
-        self.scale_tensors = [None, torch.tensor(0.75), None][: len(ranks)]
+        count = len(ranks)
+        self.scales = [(1.5, 0.5, 2.0)[j % 3] for j in range(count)]
+        self.scale_tensors = [torch.tensor(0.75) if j % 3 == 1 else None for j in range(count)]
         self.draws = [
             lora_group.Draw(seed=torch.tensor(7 + j), threshold=threshold, branch=j)
             for j in range(len(ranks))
@@ -127,17 +129,55 @@ def test_split_reductions():
     assert_the_same(Group(20, 1100, (BF16, BF16), THRESHOLD, (8, 8), (40, 40)))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "sizes"),
+    [
+        ((16, 3, 8, 16), (2, 2)),
+        ((16,) * 7, (2, 2, 3)),
+        ((32, 20, 32), (1, 2)),
+        ((8, 40, 8), (2, 1)),
+    ],
+)
+def test_more_branches_than_a_kernel_takes(
+    monkeypatch: pytest.MonkeyPatch, ranks: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    """In packs, each of which reads x once; a branch that is left alone is one of `lora_linear`."""
+    taken: dict[str, list[int]] = {}
+
+    def counted(name: str, branches: int) -> Any:
+        kernel = getattr(lora_group, name)
+
+        def take(*args: Any) -> Any:
+            taken.setdefault(name, []).append(len(args[branches]))
+            return kernel(*args)
+
+        return take
+
+    for name, branches in (("_down", 1), ("_weight_grads", 1), ("_input_gradient", 0)):
+        monkeypatch.setattr(lora_group, name, counted(name, branches))
+    widths = tuple(40 + 8 * j for j in range(len(ranks)))
+    assert_the_same(Group(33, 80, (BF16, FP32), THRESHOLD, ranks, widths))
+    assert taken == {name: list(sizes) for name in ("_down", "_weight_grads", "_input_gradient")}
+
+
+def test_branches_of_several_kinds_are_grouped_by_kind() -> None:
+    given = Group(33, 80, (BF16, FP32), THRESHOLD, (16, 8, 16, 8), (40, 48, 56, 64))
+    for j in (0, 3):
+        given.draws[j]["threshold"] = 0
+    assert_the_same(given)
+    for j in (1, 2):
+        given.a[j], given.b[j] = given.a[j].to(BF16), given.b[j].to(BF16)
+    assert_the_same(given)
+
+
 def test_what_does_not_fit_is_left_to_one_by_one():
-    fits = Group(20, 64, (BF16, FP32), THRESHOLD)
+    fits = Group(20, 64, (BF16, FP32), THRESHOLD, (16, 3), (48, 40))
     down = (fits.scales, fits.scale_tensors, fits.draws)
     wide = Group(20, 64, (BF16, FP32), THRESHOLD, (40, 40), (48, 40))
-    many = [*fits.a, fits.a[0]]
-    uneven = [fits.draws[0], *({**draw, "threshold": 0} for draw in fits.draws[1:])]
-    mixed = [fits.a[0].to(BF16), *fits.a[1:]]
+    uneven = [fits.draws[0], {**fits.draws[1], "threshold": 0}]
+    mixed = [fits.a[0].to(BF16), fits.a[1]]
     with interpreted():
         assert lora_group.lora_down_group(fits.x, fits.a, *down) is not None
-        four = [[*items, items[0]] for items in down]
-        assert lora_group.lora_down_group(fits.x, many, *four) is None
         assert lora_group.lora_down_group(fits.x, mixed, *down) is None
         assert lora_group.lora_down_group(fits.x[:0], fits.a, *down) is None
         assert lora_group.lora_down_group(fits.x, fits.a, *down[:2], uneven) is None
@@ -155,11 +195,12 @@ KERNELS = [
     "_lora_weight_grad_group_kernel",
 ]
 COMMON = [(c, "bf16", a, 16, 3) for c in (80, 90, 120) for a in ("bf16", "fp32")]
+COMMON += [(90, "bf16", "fp32", 16, 4)]
 ALL = [
     (capability, x, a, rank, branches)
     for capability in sorted(GPU_LIMITS)
     for x, a in (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32"))
-    for rank, branches in ((16, 2), (16, 3), (32, 2))
+    for rank, branches in ((16, 2), (16, 3), (32, 2), (16, 4), (32, 6))
     if capability >= 80 or x != "bf16"
 ]
 NAMED = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
@@ -174,7 +215,7 @@ NAMED = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 )
 def test_launches(capability: int, x_name: str, a_name: str, rank: int, branches: int) -> None:
     tokens, hidden = 8192, 4096
-    widths = (hidden, 1024, 1024)[:branches]
+    widths = (hidden, 1024, 1024, hidden, 1024, 1024)[:branches]
     x_dtype, a_dtype = NAMED[x_name], NAMED[a_name]
     x = torch.empty(tokens, hidden, dtype=x_dtype)
     dys = [torch.empty(tokens, n, dtype=x_dtype) for n in widths]
@@ -196,8 +237,14 @@ def test_launches(capability: int, x_name: str, a_name: str, rank: int, branches
     sums = [launch for launch in launches if "_sum" in launch.kernel]
     launched = [launch.kernel for launch in launches if launch not in sums]
     no_pair = x_name == "fp32" and rank > 16  # as for one branch
-    assert launched == [k for k in KERNELS if not (no_pair and k == KERNELS[2])]
-    assert len(sums) == (launches[0].grid[1] > 1) + (1 if no_pair else 2)
+    packs = divide_up(branches, min(3, 64 // rank))
+    expected = [name for name in KERNELS for _ in range(packs)]
+    if no_pair:
+        expected = [name for name in expected if name != KERNELS[2]]
+        launched = [name for name in launched if "_group_" in name]
+    assert launched == expected
+    of_groups = [launch.kernel for launch in sums].count("_sum_group_partials_kernel")
+    assert of_groups == packs * (1 if no_pair else 2)
     for launch in launches:
         assert not launch.resources.spills, launch
         assert launch.shared_bytes <= launch.limits.shared_bytes_per_block

@@ -128,6 +128,8 @@ SETTINGS: dict[str, Setting] = {
     "gathered": replace(_MIXED, lead=(2, 35), rows_of=_BY_ROW, dropout=(0.1, 0.5), lora_bias=True),
     "gathered-fp32": replace(_BASE, lead=(70,), rows_of=_BY_ROW, bias=True),
     "gathered-bf16": replace(_BASE, lead=(70,), rows_of=_BY_ROW, x=BF16, weight=BF16, adapter=BF16),
+    "wide-ranks": replace(_MIXED, ranks=(200, 4, 33), dropout=(0.1, 0.0, 0.5), lora_bias=True),
+    "long-runs": replace(_MIXED, lead=(7, 70), ranks=(8, 3, 16), rows_of=(0, 0, -1, 0, 1, 0, 2)),
     "strided": replace(_MIXED, strided=True, dropout=(0.1,)),
     "eight-adapters": replace(
         _MIXED,
