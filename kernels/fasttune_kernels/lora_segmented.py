@@ -57,7 +57,7 @@ from .lora_tables import (
     up_tile,
 )
 from .multi_tensor import ELEMENT, pointer_to
-from .partials import _sum_block, sum_partials
+from .partials import sum_block, sum_partials
 from .philox import keep_mask, load_philox_key
 from .tables import MAX_REGISTERS, Tile, divide_up, gpu_of, launch_device
 
@@ -318,7 +318,7 @@ def _lora_segmented_sum_kernel(
         scale = _scale_of(branch_ptr, BIAS_SCALE, SCALE_DTYPE)
     count = tl.load(sums_ptr + 1)
     block = tl.program_id(0)
-    _sum_block(partial_ptr + base, out_ptr + before, scale, None, numel, count, block, BLOCK)
+    sum_block(partial_ptr + base, out_ptr + before, scale, None, numel, count, block, BLOCK)
 
 
 _SUM_BLOCK = 512  # 16 bytes a thread

@@ -13,7 +13,7 @@ from .tables import divide_up
 
 
 @triton.jit
-def _sum_block(partial_ptr, out_ptr, scale, scale_ptr, numel, splits, block, BLOCK: tl.constexpr):
+def sum_block(partial_ptr, out_ptr, scale, scale_ptr, numel, splits, block, BLOCK: tl.constexpr):
     i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < numel
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -36,7 +36,7 @@ def _sum_partials_kernel(
     splits,
     BLOCK: tl.constexpr,
 ):
-    _sum_block(partial_ptr, out_ptr, scale, scale_ptr, numel, splits, tl.program_id(0), BLOCK)
+    sum_block(partial_ptr, out_ptr, scale, scale_ptr, numel, splits, tl.program_id(0), BLOCK)
 
 
 # Two independent sums in one launch: the first `blocks` programs do the first one.
@@ -57,9 +57,9 @@ def _sum_two_partials_kernel(
 ):
     block = tl.program_id(0)
     if block < blocks:
-        _sum_block(partial_ptr, out_ptr, scale, scale_ptr, numel, splits, block, BLOCK)
+        sum_block(partial_ptr, out_ptr, scale, scale_ptr, numel, splits, block, BLOCK)
     else:
-        _sum_block(
+        sum_block(
             second_partial_ptr,
             second_out_ptr,
             1.0,
@@ -137,7 +137,7 @@ def _sum_group_partials_kernel(
         partial_ptr, out_ptr, numel, splits = sums[j]
         last = first + tl.cdiv(numel, BLOCK)
         if (pid >= first) & (pid < last):
-            _sum_block(partial_ptr, out_ptr, 1.0, None, numel, splits, pid - first, BLOCK)
+            sum_block(partial_ptr, out_ptr, 1.0, None, numel, splits, pid - first, BLOCK)
         first = last
 
 
