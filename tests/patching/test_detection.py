@@ -6,6 +6,7 @@ import functools
 import logging
 import pickle
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_activations_are_known_by_their_values() -> None:
         "gelu_tanh": nn.GELU(approximate="tanh"),
     }
     for name, module in known.items():
-        assert activation.prove(module) == activation.ActivationPlan(name, 1)
+        found = activation.prove(module)
+        assert found is not None and (found.name, found.operations) == (name, 1)
     found = activation.prove(NewGELUActivation())
     assert found is not None and found.name == "gelu_tanh" and found.operations > 4
     for other in (nn.ReLU(inplace=True), nn.Identity(), nn.ELU(), nn.Dropout(0.5), nn.Softmax(-1)):
@@ -277,6 +279,63 @@ def test_a_changed_attribute_sends_an_mlp_down_its_own_path(caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="fasttune"):
         y = model(x)
     assert "attribute changed" in caplog.text
+    fasttune.unpatch(model)
+    assert torch.equal(y, model(x))
+
+
+def _replace(mlp: Any) -> None:
+    mlp.act = nn.GELU()
+
+
+def _hook(mlp: Any) -> None:
+    mlp.act.register_forward_hook(lambda module, args, y: 0.5 * y)
+
+
+def _set(mlp: Any) -> None:
+    mlp.act.approximate = "tanh"
+
+
+@pytest.mark.parametrize("change", [_replace, _hook, _set])
+def test_an_activation_inside_an_mlp_that_changes_after_patch_is_called(change: Any) -> None:
+    class WithModule(Gated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.GELU() if change is _set else nn.SiLU()
+
+        def join(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.act(b) * a
+
+    model = nn.Sequential(WithModule())
+    fasttune.patch(model)
+    x = torch.randn(2, 70, WIDTH)
+    model(x)
+    assert fasttune.report(model)["mlp"].fused == 1
+    change(model[0])
+    y = model(x)
+    assert sum(fasttune.report(model)["mlp"].original.values()) == 1
+    fasttune.unpatch(model)
+    assert torch.equal(y, model(x))
+
+
+def test_attributes_of_activations_and_norms_that_change_after_patch_are_followed() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+            self.eps, self.doubled = 1e-6, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+            return 2 * y if self.doubled else y
+
+    model = nn.Sequential(Norm(), nn.GELU())
+    fasttune.patch(model)
+    x = torch.randn(2, 70, WIDTH)
+    model(x)
+    report = fasttune.report(model)
+    assert (report["norm"].fused, report["activation"].fused) == (1, 1)
+    model[0].doubled, model[1].approximate = True, "tanh"
+    y = model(x)
     fasttune.unpatch(model)
     assert torch.equal(y, model(x))
 
