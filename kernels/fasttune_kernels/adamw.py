@@ -66,6 +66,14 @@ def _load(pointer, i, numel, other, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _towards(moment, term, weight):
+    """From the nearer end: with beta 0 the term, which rounding of a larger moment would hide."""
+    near_term = weight > 0.5
+    step = tl.where(near_term, weight - 1.0, weight)
+    return tl.where(near_term, term, moment) + (term - moment) * step
+
+
+@triton.jit
 def _squares_of(pointer, start, numel, MASKED: tl.constexpr, STEP: tl.constexpr):
     i = start + tl.arange(0, STEP)
     g = _load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
@@ -247,8 +255,8 @@ def _update(
         sq_scales = scales + tl.cdiv(numel, QUANTISED)
     m = _load_moment(exp_avg, scales, i, start, numel, MASKED, MOMENTS, True, STEP)
     v = _load_moment(exp_avg_sq, sq_scales, i, start, numel, MASKED, MOMENTS, False, STEP)
-    m += (g - m) * weight1
-    v += (g * g - v) * weight2
+    m = _towards(m, g, weight1)
+    v = _towards(v, g * g, weight2)
     _store_moment(
         exp_avg, scales, m, i, start, numel, stream, step, key0, key1, MASKED, MOMENTS, True, STEP
     )
