@@ -68,8 +68,8 @@ struct Norms {
   vr grad = {}, update = {}, param = {};
 };
 
-// From a moment towards its new term, from the end that is nearer: with beta 0 the term itself, which
-// the rounding of a far larger moment would hide.
+// From a moment towards its new term, from the end that is nearer: with beta 0 the term itself,
+// which the rounding of a far larger moment would hide.
 inline vr towards(vr moment, vr term, float weight) {
   if (weight > 0.5f) return term + (term - moment) * (weight - 1.0f);
   return moment + (term - moment) * weight;
