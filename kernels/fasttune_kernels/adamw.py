@@ -66,18 +66,18 @@ def _load(pointer, i, numel, other, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _squares_of(pointer, start, numel, MASKED: tl.constexpr, STEP: tl.constexpr):
+    i = start + tl.arange(0, STEP)
+    g = _load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
+    return g * g
+
+
+@triton.jit
 def _towards(moment, term, weight):
     """From the nearer end: with beta 0 the term, which rounding of a larger moment would hide."""
     near_term = weight > 0.5
     step = tl.where(near_term, weight - 1.0, weight)
     return tl.where(near_term, term, moment) + (term - moment) * step
-
-
-@triton.jit
-def _squares_of(pointer, start, numel, MASKED: tl.constexpr, STEP: tl.constexpr):
-    i = start + tl.arange(0, STEP)
-    g = _load(pointer, i, numel, 0.0, MASKED).to(tl.float32)
-    return g * g
 
 
 # Floor: the gradients are read once, 4 bytes an fp32 element.
