@@ -385,3 +385,23 @@ def test_under_autocast_everything_is_fused_and_nearer_to_fp32() -> None:
 
     assert distance(ours) <= 1.2 * distance(stock)
     assert fasttune.report(ours)["attention"].fused == 2
+
+
+def test_a_mask_that_trained_layers_compute_gets_its_gradient() -> None:
+    """Doge's mask comes from a projection of the values: our attention has no gradient for it."""
+    from transformers import DogeConfig, DogeForCausalLM
+
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 499}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return DogeForCausalLM(DogeConfig(**options)).train()
+
+    stock, ours = build(), fasttune.patch(build())
+    for model in (stock, ours):
+        loss_of(model, 1).backward()
+    theirs, found = gradients(stock), gradients(ours)
+    assert found.keys() == theirs.keys() and any("dt_proj" in name for name in found)
+    for name, gradient in theirs.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-6), name
