@@ -75,9 +75,11 @@ def _squares_of(pointer, start, numel, MASKED: tl.constexpr, STEP: tl.constexpr)
 @triton.jit
 def _towards(moment, term, weight):
     """From the nearer end: with beta 0 the term, which rounding of a larger moment would hide."""
-    near_term = weight > 0.5
-    step = tl.where(near_term, weight - 1.0, weight)
-    return tl.where(near_term, term, moment) + (term - moment) * step
+    if weight > 0.5:
+        moment = term + (term - moment) * (weight - 1.0)
+    else:
+        moment += (term - moment) * weight
+    return moment
 
 
 # Floor: the gradients are read once, 4 bytes an fp32 element.
