@@ -257,7 +257,7 @@ def _update(
         sq_scales = scales + tl.cdiv(numel, QUANTISED)
     m = _load_moment(exp_avg, scales, i, start, numel, MASKED, MOMENTS, True, STEP)
     v = _load_moment(exp_avg_sq, sq_scales, i, start, numel, MASKED, MOMENTS, False, STEP)
-    m = _towards(m, g, weight1)
+    m += (g - m) * weight1
     v = _towards(v, g * g, weight2)
     _store_moment(
         exp_avg, scales, m, i, start, numel, stream, step, key0, key1, MASKED, MOMENTS, True, STEP
