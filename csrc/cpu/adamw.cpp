@@ -71,6 +71,13 @@ struct Norms {
   vr grad = {}, update = {}, param = {};
 };
 
+// From a moment towards its new term, from the end that is nearer: with beta 0 the term itself,
+// which the rounding of a far larger moment would hide.
+inline vr towards(vr moment, vr term, float weight) {
+  if (weight > 0.5f) return term + (term - moment) * (weight - 1.0f);
+  return moment + (term - moment) * weight;
+}
+
 // The step on fp32 operands of `count` elements, a multiple of kLanes; top may be null.
 template <bool kAmsgrad>
 void update(const Step& step, const float* grad, float* param, float* exp_avg, float* exp_avg_sq,
@@ -78,8 +85,8 @@ void update(const Step& step, const float* grad, float* param, float* exp_avg, f
   for (int64_t j = 0; j < count; j += kRegisterLanes) {
     const vr raw = load_vr(grad + j), g = raw * step.grad_factor, p = load_vr(param + j);
     vr m = load_vr(exp_avg + j), v = load_vr(exp_avg_sq + j);
-    m += (g - m) * step.weight1;
-    v += (g * g - v) * step.weight2;
+    m = towards(m, g, step.weight1);
+    v = towards(v, g * g, step.weight2);
     store(exp_avg + j, m);
     store(exp_avg_sq + j, v);
     if constexpr (kAmsgrad) {

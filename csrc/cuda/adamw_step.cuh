@@ -25,6 +25,12 @@ __device__ inline double power(double base, uint32_t exponent) {
   return result;
 }
 
+// See csrc/cpu/adamw.cpp.
+__device__ inline float towards(float moment, float term, float weight) {
+  const bool near_term = weight > 0.5f;
+  return (near_term ? term : moment) + (term - moment) * (near_term ? weight - 1.0f : weight);
+}
+
 __device__ inline Numbers numbers_of(const AdamWStep& args, const AdamWAddresses& at,
                                      const AdamWFacts& facts) {
   Numbers n;
@@ -131,8 +137,8 @@ __global__ void __launch_bounds__(kAdamWThreads, 2) adamw_kernel(AdamWStep args)
     exp_avg_sq.load(first, numel, whole, v);
     for (int i = 0; i < kRun; ++i) {
       const float g = to_float(raw[i]) * n.factor;
-      m[i] += (g - m[i]) * n.weight1;
-      v[i] += (g * g - v[i]) * n.weight2;
+      m[i] = towards(m[i], g, n.weight1);
+      v[i] = towards(v[i], g * g, n.weight2);
     }
     float kept[kRun];
     for (int i = 0; i < kRun; ++i) kept[i] = v[i];

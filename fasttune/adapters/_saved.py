@@ -44,8 +44,10 @@ def check_free(configs: Mapping[str, Any], name: Any, bank: type[nn.Module]) -> 
     """Raises TypeError or ValueError unless ``name`` is unused and may name a child of ``bank``."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {type(name).__name__}")
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(bank, name):
-        raise ValueError(f"name: expected letters, digits, _ and -, no method's name, got {name!r}")
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(bank(), name):
+        raise ValueError(
+            f"name: expected letters, digits, _ and -, no attribute of a module, got {name!r}"
+        )
     if name in configs:
         raise ValueError(f"name: expected an unused one, got {name!r}")
 

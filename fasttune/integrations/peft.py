@@ -132,9 +132,11 @@ def plain_weight(layer: Any) -> Tensor | None:
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None or not plain(weight) or (bias is not None and not plain(bias)):
         return None
-    if weight.dtype not in FLOATS or weight.shape[int(not conv1d)] != layer.in_features:
-        return None
     rows: Tensor = weight.t() if conv1d else weight
+    if weight.dtype not in FLOATS or rows.shape != (layer.out_features, layer.in_features):
+        return None
+    if bias is not None and bias.shape != rows.shape[:1]:  # torch broadcasts it, kernels do not
+        return None
     return rows
 
 

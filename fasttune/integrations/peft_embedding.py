@@ -79,6 +79,9 @@ def _why_factors(layer: Any, ids: Tensor) -> Reason | None:
             return Reason("adapter weights are sharded")
         if a.dtype not in peft.FLOATS or a.dtype != b.dtype:
             return Reason(f"adapter is {a.dtype} / {b.dtype}")
+        outputs, rank = layer.out_features, a.shape[0]
+        if a.shape != (rank, layer.in_features) or b.shape != (outputs, rank):
+            return Reason(f"factors {tuple(a.shape)} and {tuple(b.shape)} do not fit")
         if a.device != ids.device or b.device != ids.device:
             return Reason(f"adapter on {a.device}, input on {ids.device}")
         if a.shape[0] > peft.LARGEST_RANK:

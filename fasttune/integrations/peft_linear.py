@@ -130,6 +130,8 @@ def why_factors(
             return Reason("adapter weights are sharded")
         if a.dtype not in peft.FLOATS or a.dtype != b.dtype or a.device != b.device:
             return Reason(f"adapter is {a.dtype} / {b.dtype} on {a.device} / {b.device}")
+        if not _fit(layer, a, b, up._parameters.get("bias")):
+            return Reason(f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit")
         scaling = layer.scaling[adapter]
         if isinstance(scaling, Tensor) and (
             scaling.requires_grad or scaling.dim() or scaling.device != a.device
@@ -144,6 +146,14 @@ def why_factors(
     if not dtypes:
         return Reason(peft.NO_ADAPTER, expected=True)
     return Reason("active adapters differ in dtype") if len(dtypes) > 1 else None
+
+
+def _fit(layer: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether A is [R, K] and B [N, R]: kernels trust the shapes, and factors can be replaced."""
+    outputs, rank = layer.out_features, a.shape[0]
+    if a.shape != (rank, layer.in_features) or b.shape != (outputs, rank):
+        return False
+    return bias is None or bias.shape == (outputs,)
 
 
 def why_dropout(dropout: nn.Module) -> Reason | None:

@@ -138,6 +138,8 @@ def sdpa_call(
     length = query.shape[2]
     if length == 1 or (attention_mask is not None and not isinstance(attention_mask, Tensor)):
         return None
+    if attention_mask is not None and attention_mask.requires_grad:  # computed by trained layers
+        return None
     causal = bool(causal) and attention_mask is None
     if causal and key.shape[2] != length:
         return None

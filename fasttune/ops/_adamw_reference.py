@@ -102,6 +102,13 @@ def store_param(value: Tensor, param: Tensor, residue: Tensor | None, rounding: 
         residue.copy_(value - param.to(value.dtype))
 
 
+def _towards(moment: Tensor, term: Tensor, beta: float) -> Tensor:
+    """From the nearer end: with beta 0 the term, which rounding of a larger moment would hide."""
+    if beta < 0.5:
+        return term - (term - moment) * beta
+    return moment + (term - moment) * (1 - beta)
+
+
 class _Tensor:
     """One parameter and its state."""
 
@@ -120,8 +127,8 @@ class _Tensor:
         p = load_param(self.param, self.residue, self.rounding)
         m = self._load_moment(self.exp_avg, signed=True)
         v = self._load_moment(self.exp_avg_sq, signed=False)
-        m = m + (g - m) * (1 - fact["beta1"])
-        v = v + (g * g - v) * (1 - fact["beta2"])
+        m = _towards(m, g, fact["beta1"])
+        v = _towards(v, g * g, fact["beta2"])
         self._store_moment(self.exp_avg, m, signed=True)
         self._store_moment(self.exp_avg_sq, v, signed=False)
         if self.top is not None:

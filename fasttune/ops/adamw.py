@@ -9,7 +9,8 @@ Maths, for each parameter p with gradient g, all in fp32 (fp64 for fp64):
     p = p - u
 
 With amsgrad the largest v so far takes v's place in u; with maximize the gradient changes its sign.
-The factors of m, v and u are rounded once, from double.
+The factors of m, v and u are rounded once, from double. With beta2 below 0.5, v is formed
+from the other end, g^2 + beta2 (v - g^2): the rounding of a far larger v would hide g.
 
 Rounding: p - u is rounded once. torch multiplies p by a rounded 1 - lr decay first, an error of the
 whole weight at each step. A 16-bit p loses updates below half its last place; ``rounding`` says

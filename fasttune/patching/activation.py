@@ -17,16 +17,19 @@ from fasttune.ops.bias_activation import apply_bias_activation
 from fasttune.ops.policy import row_wise_too_small
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.session import Session
+from fasttune.reason import Reason
 
 KIND = "activation"
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """What an activation module computes: its name, and in how many operators of torch."""
+    """What an activation module computes: its name, in how many operators of torch, and its
+    attributes at the time of the proof."""
 
     name: str
     operations: int
+    settings: tuple[tuple[str, Any], ...]
 
 
 # Two ways to write one function differ by a few roundings of fp64, two functions by far more.
@@ -86,7 +89,7 @@ def prove(module: nn.Module) -> ActivationPlan | None:
         return None
     for name, known in ACTIVATIONS.items():
         if close(outputs[0], known.value(x)):
-            return ActivationPlan(name, operations)
+            return ActivationPlan(name, operations, probe.settings(module))
     return None
 
 
@@ -95,6 +98,8 @@ def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any
     if guard.is_small(record, x, row_wise_too_small, record.plan.operations):
         return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs)
+    if reason is None and probe.settings(module) != record.plan.settings:
+        reason = Reason("an attribute changed since fasttune.patch")
     if reason is None:
         y = apply_bias_activation(x, None, activation=record.plan.name)
         state.note_output(record, y)

@@ -102,8 +102,8 @@ def _forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any
         state.note_fallback(record, guard.INFERENCE)
         return original(module, *args, **kwargs)
     x = args[0] if args else kwargs.get("hidden_states")
-    shape = x.shape if isinstance(x, Tensor) else None
-    if shape is not None and guard.was_small(record, x, shape):
+    shapes = _shapes(args, kwargs) if isinstance(x, Tensor) else None
+    if shapes is not None and guard.was_small(record, x, shapes):
         return original(module, *args, **kwargs)
     calls, small = record.calls, record.fallbacks[guard.TOO_SMALL.text]
     _running.records.append(record)
@@ -114,8 +114,15 @@ def _forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any
     if record.calls == calls:
         state.note_fallback(record, _NOTHING_OF_OURS)
     elif record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small:
-        guard.remember_small(record, shape)
+        guard.remember_small(record, shapes)
     return output
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Size, ...]:
+    """Of all inputs: the keys may come from another than the first, and a recomputation has to take
+    the path of its forward."""
+    inputs = (*args, *kwargs.values())
+    return tuple(value.shape for value in inputs if isinstance(value, Tensor))
 
 
 @lru_cache(maxsize=1024)

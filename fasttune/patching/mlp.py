@@ -8,6 +8,7 @@ a gated MLP, and the order of the calls is its plan. A packed one has a single s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttune.integrations import peft
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.glu import apply_glu
 from fasttune.ops.policy import mlp_too_small
@@ -38,14 +40,14 @@ class GatedPlan:
         gate_first: the first of the two, or the first half of the packed one, is the gate.
         activation: of the gate.
         chain: children that are called one after the other on the product.
-        floats: float attributes at the time of the proof.
+        settings: what else the proof depended on (:func:`_settings`), as it was then.
     """
 
     inputs: tuple[str, ...]
     gate_first: bool
     activation: str
     chain: tuple[str, ...]
-    floats: tuple[tuple[str, float], ...]
+    settings: tuple[Any, ...]
 
 
 def patch_layers(session: Session) -> None:
@@ -146,7 +148,20 @@ def _prove(module: nn.Module, training: bool) -> GatedPlan | str | None:
         if parts[0].shape == chain[0].x.shape and len(heads) == 2:
             return f"{type(module).__name__}: what joins its projections is not known"
         return None
-    return GatedPlan(names[0], found[1], found[0], names[1], probe.floats(module))
+    settings = _settings(module, {*names[0], *names[1]})
+    return GatedPlan(names[0], found[1], found[0], names[1], settings)
+
+
+def _settings(module: nn.Module, called: Collection[str]) -> tuple[Any, ...]:
+    """Attributes of the module and of the children that the fused forward does not call, with
+    their classes and whether they are hooked."""
+    own: list[Any] = [probe.settings(module)]
+    for name, child in module._modules.items():
+        if child is None or name in called:
+            continue
+        facts = name, swap.original_class(child), peft.hooked(child)
+        own.append((*facts, _settings(child, ())))
+    return tuple(own)
 
 
 def _halves(packed: Tensor) -> list[Tensor]:
@@ -170,8 +185,8 @@ def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any
     if guard.is_small(record, x, mlp_too_small):
         return original(module, x, *args, **kwargs)
     reason = guard.why_original(module, x, args, kwargs)
-    if reason is None and probe.floats(module) != plan.floats:
-        reason = Reason("an attribute changed since fasttune.patch")
+    if reason is None and _settings(module, plan.inputs + plan.chain) != plan.settings:
+        reason = Reason("its activation or an attribute changed since fasttune.patch")
     if reason is None:
         reason = _why_dtypes_differ(module, plan)
     if reason is not None:

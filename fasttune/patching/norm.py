@@ -48,6 +48,7 @@ class Formula:
         round_first: the normalised value is rounded before the weight multiplies.
         operations: operators of torch that the module's own forward dispatches.
         proven: (x dtype, parameter dtype, CPU autocast dtype) that were compared.
+        settings: its other attributes at the time of the proof.
     """
 
     centred: bool
@@ -58,6 +59,7 @@ class Formula:
     round_first: bool = False
     operations: int = 0
     proven: frozenset[tuple[torch.dtype, torch.dtype | None, torch.dtype | None]] = frozenset()
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 def patch_layers(session: Session) -> None:
@@ -112,8 +114,14 @@ def prove(module: nn.Module) -> Formula | None:
             twin, x = _imitated(module, _FP32, _FP32)
             with probe.quiet():
                 operations = probe.operations(twin, x)
-            best = replace(formula, proven=proven, operations=operations)
+            settings = _settings(module, formula)
+            best = replace(formula, proven=proven, operations=operations, settings=settings)
     return best
+
+
+def _settings(module: nn.Module, formula: Formula) -> tuple[tuple[str, Any], ...]:
+    """Attributes that the proof depended on; eps is read at every call."""
+    return tuple(entry for entry in probe.settings(module) if entry[0] != formula.eps)
 
 
 def _combinations(formula: Formula) -> list[tuple[torch.dtype, torch.dtype | None]]:
@@ -221,6 +229,8 @@ def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any
 
 
 def _why_original(module: nn.Module, formula: Formula, x: Tensor) -> Reason | None:
+    if _settings(module, formula) != formula.settings:
+        return Reason("an attribute changed since fasttune.patch")
     weight_dtype = None
     for name in (formula.weight, formula.bias):
         if not name:

@@ -111,6 +111,10 @@ def width(linear: nn.Module) -> int | None:
     return None
 
 
-def floats(module: nn.Module) -> tuple[tuple[str, float], ...]:
-    """Float attributes of a module: what a later change of would make a proof void."""
-    return tuple((k, v) for k, v in module.__dict__.items() if type(v) is float)
+def settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Numbers, words and functions among a module's attributes: a later change voids a proof."""
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name[0] != "_" and name != "training" and (type(value) in _SCALARS or callable(value))
+    )

@@ -66,6 +66,16 @@ def _squares_of(pointer, start, numel, MASKED: tl.constexpr, STEP: tl.constexpr)
     return g * g
 
 
+@triton.jit
+def _towards(moment, term, weight):
+    """From the nearer end: with beta 0 the term, which rounding of a larger moment would hide."""
+    if weight > 0.5:
+        moment = term + (term - moment) * (weight - 1.0)
+    else:
+        moment += (term - moment) * weight
+    return moment
+
+
 # Floor: the gradients are read once, 4 bytes an fp32 element.
 @triton.jit(do_not_specialize=["blocks"])
 def _sum_of_squares_kernel(
@@ -227,7 +237,7 @@ def _update(
     m = _load_moment(exp_avg, scales, i, start, numel, MASKED, MOMENTS, True, STEP)
     v = _load_moment(exp_avg_sq, sq_scales, i, start, numel, MASKED, MOMENTS, False, STEP)
     m += (g - m) * weight1
-    v += (g * g - v) * weight2
+    v = _towards(v, g * g, weight2)
     _store_moment(
         exp_avg, scales, m, i, start, numel, stream, step, key0, key1, MASKED, MOMENTS, True, STEP
     )

@@ -447,6 +447,7 @@ def test_what_cannot_be_told_is_an_error() -> None:
     [
         ("a.b", {}, "name: expected letters"),
         ("keys", {}, "name: expected letters"),
+        ("training", {}, "name: expected letters"),
         ("s", {"layers": [2]}, "layers: expected numbers below 2, got 2"),
         ("s", {"layers": [0, -2]}, "layers: expected each layer once"),
         ("s", {"layers": ["nowhere"]}, "layers: expected names of modules, got 'nowhere'"),

@@ -57,6 +57,7 @@ class Run:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     decay: float = 0.1
     options: dict[str, Any] = field(default_factory=dict)
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(1)
@@ -76,7 +77,7 @@ class Run:
         return [torch.zeros_like(param, dtype=dtype) for param in self.params]
 
     def facts(self, lr: float = 1e-2) -> Tensor:
-        rows = [[lr, 0.9, 0.99, 1e-8, self.decay, self.time, i] for i in range(len(self.params))]
+        rows = [[lr, *self.betas, 1e-8, self.decay, self.time, i] for i in range(len(self.params))]
         return torch.tensor(rows, dtype=FP64)
 
     def step(self, grads: list[Tensor] | None = None, **options: Any) -> Tensor:
@@ -167,6 +168,17 @@ def test_cuda_gives_a_reason_for_what_it_does_not_take() -> None:
     wide = [torch.ones(3, dtype=FP64)]
     with backend("cuda"), pytest.raises(BackendError, match=r"fp16, got .*float64"):
         sum_of_squares(wide)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_second_moment_without_a_memory_is_the_gradient_squared(kernel: str) -> None:
+    """beta2 0: v + (g^2 - v) would be the rounding error of a far larger v, and u without bound."""
+    run = Run(shapes=((300,),), betas=(0.9, 0.0))
+    with backend(kernel):
+        for scale in (1e3, 1e-4):
+            grad = run.random((300,)).sign() * scale
+            run.step([grad])
+    assert torch.allclose(run.v[0], grad.square(), rtol=1e-6, atol=0)
 
 
 def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

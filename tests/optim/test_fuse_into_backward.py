@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import loss_of, tiny_llama
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fasttune.optim import AdamW, fuse_into_backward
 
@@ -37,6 +38,39 @@ def test_steps_inside_the_backward_are_the_ordinary_ones() -> None:
     )
 
 
+def test_random_bits_and_groups_are_those_of_an_ordinary_step() -> None:
+    usual, fused = tiny_llama().bfloat16(), tiny_llama().bfloat16()
+
+    def optimizer(model: nn.Module) -> AdamW:
+        params = list(model.parameters())
+        groups = [{"params": params[:3], "lr": 1e-3}, {"params": params[3:], "lr": 1e-1}]
+        return AdamW(groups, rounding="stochastic", seed=7)
+
+    one, two = optimizer(usual), optimizer(fused)
+    fuse_into_backward(fused, two)
+    for step in range(2):
+        loss_of(usual, step).backward()
+        one.step()
+        one.zero_grad()
+        loss_of(fused, step).backward()
+        two.step()
+    for p, q in zip(usual.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_monitor_shows_the_last_backward_only() -> None:
+    model = tiny_llama()
+    optimizer = AdamW(model.parameters())
+    fuse_into_backward(model, optimizer)
+    optimizer.name_parameters(model.named_parameters())
+    loss_of(model, 0).backward()
+    optimizer.step()
+    model.get_input_embeddings().requires_grad_(False)
+    loss_of(model, 1).backward()
+    names = {name for name, param in model.named_parameters() if param.requires_grad}
+    assert set(optimizer.monitor()) == names
+
+
 def test_gradient_accumulation_is_refused() -> None:
     model = tiny_llama()
     optimizer = AdamW(model.parameters())
@@ -57,6 +91,11 @@ def test_what_cannot_be_fused_into_a_backward_is_refused() -> None:
         fuse_into_backward(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_grad_norm: expected None: a global norm needs"):
         fuse_into_backward(model, AdamW(model.parameters(), max_grad_norm=1.0))
+    with pytest.raises(ValueError, match="skip_nonfinite: expected False: a global norm needs"):
+        fuse_into_backward(model, AdamW(model.parameters(), skip_nonfinite=True))
+    averaged = object.__new__(DistributedDataParallel)  # its own __init__ wants a process group
+    with pytest.raises(ValueError, match="model: DistributedDataParallel averages gradients"):
+        fuse_into_backward(averaged, AdamW(model.parameters()))
     with pytest.raises(ValueError, match="optimizer: has parameters that model does not own"):
         fuse_into_backward(nn.Linear(2, 2), AdamW(model.parameters()))
     optimizer = AdamW(model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import loss_of, tiny_llama, with_lora
 from torch import nn
 
@@ -75,6 +76,45 @@ def test_lora_plus_gives_b_its_own_rate() -> None:
     rates = {name: group["lr"] for group in groups for name, _ in group["params"]}
     assert rates and all(("lora_" in name) for name in rates)
     assert all(rate == (16e-3 if "lora_B" in name else 1e-3) for name, rate in rates.items())
+
+
+def test_lora_on_an_embedding_is_lowest_and_its_b_is_faster() -> None:
+    model = with_lora(tiny_llama(), target_modules=["embed_tokens", "q_proj"])
+    groups = layerwise_lr_groups(model, 1e-3, 0.5, lora_plus_ratio=16.0, trainable_only=True)
+    found = {
+        name.partition(".lora_")[2]: (group["level"], group["lr"])
+        for group in groups
+        for name, _ in group["params"]
+        if "embed_tokens" in name
+    }
+    assert found == {
+        "embedding_A.default": (0, 1e-3 * 0.5**3),
+        "embedding_B.default": (0, 16e-3 * 0.5**3),
+    }
+
+
+def test_only_the_outermost_lists_of_one_class_are_stacks() -> None:
+    def block() -> nn.Module:
+        return nn.ModuleDict({"parts": nn.ModuleList(nn.Linear(2, 2) for _ in range(2))})
+
+    late = nn.Parameter(torch.zeros(2, 3))
+    model = nn.ModuleDict(
+        {
+            "mixed": nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2)]),
+            "blocks": nn.ModuleList(block() for _ in range(11)),
+            "head": nn.Linear(2, 2),
+            "late": nn.Embedding(3, 2),
+            "lora": nn.ModuleDict({"lora_embedding_A": nn.ParameterDict({"default": late})}),
+        }
+    )
+    groups = layerwise_lr_groups(model, 1e-3, 0.9)
+    levels = {name: group["level"] for group in groups for name, _ in group["params"]}
+    assert groups[-1]["level"] == 12 and groups[-1]["lr"] == 1e-3
+    lowest_or_head = {"mixed": 0, "head": 12, "late": 0, "lora": 0}
+    assert len(levels) == 4 + 11 * 4 + 2 + 2
+    for name, level in levels.items():
+        top, index = name.split(".")[:2]
+        assert level == (int(index) + 1 if top == "blocks" else lowest_or_head[top]), name
 
 
 @pytest.mark.parametrize(

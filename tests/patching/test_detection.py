@@ -6,6 +6,7 @@ import functools
 import logging
 import pickle
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -174,7 +175,8 @@ def test_activations_are_known_by_their_values() -> None:
         "gelu_tanh": nn.GELU(approximate="tanh"),
     }
     for name, module in known.items():
-        assert activation.prove(module) == activation.ActivationPlan(name, 1)
+        found = activation.prove(module)
+        assert found is not None and (found.name, found.operations) == (name, 1)
     found = activation.prove(NewGELUActivation())
     assert found is not None and found.name == "gelu_tanh" and found.operations > 4
     for other in (nn.ReLU(inplace=True), nn.Identity(), nn.ELU(), nn.Dropout(0.5), nn.Softmax(-1)):
@@ -281,6 +283,63 @@ def test_a_changed_attribute_sends_an_mlp_down_its_own_path(caplog) -> None:
     assert torch.equal(y, model(x))
 
 
+def _replace(mlp: Any) -> None:
+    mlp.act = nn.GELU()
+
+
+def _hook(mlp: Any) -> None:
+    mlp.act.register_forward_hook(lambda module, args, y: 0.5 * y)
+
+
+def _set(mlp: Any) -> None:
+    mlp.act.approximate = "tanh"
+
+
+@pytest.mark.parametrize("change", [_replace, _hook, _set])
+def test_an_activation_inside_an_mlp_that_changes_after_patch_is_called(change: Any) -> None:
+    class WithModule(Gated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.GELU() if change is _set else nn.SiLU()
+
+        def join(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.act(b) * a
+
+    model = nn.Sequential(WithModule())
+    fasttune.patch(model)
+    x = torch.randn(2, 70, WIDTH)
+    model(x)
+    assert fasttune.report(model)["mlp"].fused == 1
+    change(model[0])
+    y = model(x)
+    assert sum(fasttune.report(model)["mlp"].original.values()) == 1
+    fasttune.unpatch(model)
+    assert torch.equal(y, model(x))
+
+
+def test_attributes_of_activations_and_norms_that_change_after_patch_are_followed() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(WIDTH) + 0.5)
+            self.eps, self.doubled = 1e-6, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+            return 2 * y if self.doubled else y
+
+    model = nn.Sequential(Norm(), nn.GELU())
+    fasttune.patch(model)
+    x = torch.randn(2, 70, WIDTH)
+    model(x)
+    report = fasttune.report(model)
+    assert (report["norm"].fused, report["activation"].fused) == (1, 1)
+    model[0].doubled, model[1].approximate = True, "tanh"
+    y = model(x)
+    fasttune.unpatch(model)
+    assert torch.equal(y, model(x))
+
+
 def test_a_patched_block_survives_pickle_and_deepcopy(make_lora_model, batch) -> None:
     model = fasttune.patch(make_lora_model())
     expected = model(**batch).loss
@@ -326,3 +385,23 @@ def test_under_autocast_everything_is_fused_and_nearer_to_fp32() -> None:
 
     assert distance(ours) <= 1.2 * distance(stock)
     assert fasttune.report(ours)["attention"].fused == 2
+
+
+def test_a_mask_that_trained_layers_compute_gets_its_gradient() -> None:
+    """Doge's mask comes from a projection of the values: our attention has no gradient for it."""
+    from transformers import DogeConfig, DogeForCausalLM
+
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 499}
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return DogeForCausalLM(DogeConfig(**options)).train()
+
+    stock, ours = build(), fasttune.patch(build())
+    for model in (stock, ours):
+        loss_of(model, 1).backward()
+    theirs, found = gradients(stock), gradients(ours)
+    assert found.keys() == theirs.keys() and any("dt_proj" in name for name in found)
+    for name, gradient in theirs.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-6), name

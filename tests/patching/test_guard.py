@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import gradients, relative
 from torch import nn
 
+import fasttune
 from fasttune import _registry
 from fasttune.ops import policy
-from fasttune.patching import guard
+from fasttune.patching import guard, swap
 from fasttune.patching.state import ModuleState
+from fasttune.testing.families import FAMILIES
 
 
 class Asked:
@@ -71,3 +74,31 @@ def test_a_size_is_compared_as_it_was_given(record: ModuleState):
 @pytest.mark.parametrize("x", [None, [1.0], nn.Parameter(torch.zeros(2))])
 def test_other_than_a_plain_tensor_is_never_small(record: ModuleState, x: object):
     assert not guard.is_small(record, x, Asked(below=100))
+
+
+@pytest.mark.limits
+def test_a_recomputation_takes_the_path_of_its_forward() -> None:
+    """One hidden size, keys of two lengths: what is small for one is not for the other."""
+    bart = next(family for family in FAMILIES if family.name == "bart")
+    model = fasttune.patch(bart.build().train())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    generator = torch.Generator().manual_seed(0)
+    labels, long, short = (
+        torch.randint(3, 99, (2, tokens), generator=generator) for tokens in (32, 300, 20)
+    )
+
+    def step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss = sum(model(input_ids=ids, labels=labels).loss for ids in (long, short))
+        loss.backward()
+        return gradients(model)
+
+    ours = step()
+    attention = fasttune.report(model)["attention"]
+    assert attention.fused and attention.original == {guard.TOO_SMALL.text: 2}
+    with swap.stock():
+        stock = step()
+    assert ours.keys() == stock.keys()
+    for name, gradient in stock.items():
+        if float(gradient.norm()) > 1e-4:  # keys' biases have none
+            assert relative(ours[name], gradient) < 1e-4, name

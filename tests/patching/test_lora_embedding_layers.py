@@ -293,12 +293,18 @@ def another_active(model: Any) -> None:
     layer_of(model)._active_adapter = ["elsewhere"]
 
 
+def factor_of_one_row(model: Any) -> None:
+    factors = layer_of(model).lora_embedding_B
+    factors["default"] = nn.Parameter(factors["default"].detach()[:1].clone())
+
+
 NOT_FUSED: dict[Callable[[Any], None], str] = {
     disabled: "adapters are disabled",
     merged: "adapters are merged",
     max_norm: "its embedding has max_norm",
     scaled_by_frequency: "its embedding has max_norm, scale_grad_by_freq",
     adapters_of_two_dtypes: "active adapters differ in dtype",
+    factor_of_one_row: "do not fit",
     another_active: "no active adapter on this layer",
 }
 

@@ -347,3 +347,38 @@ def test_a_tiny_model_is_left_to_torch_bit_for_bit(make_lora_model, batch):
     assert {layer.path for layer in layers} == {"original"}
     kinds = {layer.kind for layer in layers if "as fast" in str(layer.fallbacks)}
     assert kinds == {"lora", "loss", "norm", "mlp", "attention"}
+
+
+def _bias_of_one_element(model):
+    layer_of(model).base_layer.bias = nn.Parameter(torch.full((1,), 0.1))
+
+
+def _factor_of_one_row(model):
+    up = layer_of(model).lora_B["default"]
+    up.weight = nn.Parameter(up.weight.detach()[:1].clone())
+
+
+def _head_bias_of_one_element(model):
+    bias = nn.Parameter(torch.full((1,), 0.1), requires_grad=False)  # its gradient is 0
+    model.get_output_embeddings().bias = bias
+
+
+@pytest.mark.parametrize(
+    "change", [_bias_of_one_element, _factor_of_one_row, _head_bias_of_one_element]
+)
+def test_tensors_that_torch_broadcasts_never_reach_a_kernel(make_lora_model, batch, change):
+    change_all = {"target_modules": ["q_proj", "v_proj"]}  # the head stays plain
+    stock, patched = (make_lora_model(**change_all) for _ in range(2))
+    fasttune.patch(patched)
+    outputs_and_gradients(patched, batch)
+    for model in (stock, patched):
+        change(model)
+    assert_equal_to_stock(stock, patched, batch)
+
+
+def test_factors_whose_ranks_differ_are_the_error_of_stock(make_lora_model, batch):
+    model = fasttune.patch(make_lora_model())
+    down = layer_of(model).lora_A["default"]
+    down.weight = nn.Parameter(down.weight.detach()[:2].clone())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(**batch)

@@ -24,13 +24,19 @@ def _scale_kernel(x_ptr, y_ptr, other_ptr, pair, scale, N, stride, BLOCK: tl.con
     tl.store(y_ptr + i, x, mask=i < N)
 
 
+@triton.jit(do_not_specialize=["N"])
+def _negate_kernel(x_ptr, y_ptr, other_ptr, pair, scale, N, stride, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, -tl.load(x_ptr + i * stride, mask=i < N, other=0.0), mask=i < N)
+
+
 MEMORY = torch.zeros(4096)
 ALIGNED, ODD = MEMORY[:512], MEMORY[1025:1537]
 CALLS: list[tuple[Any, ...]] = [
     (x, y, other, (bias, count), scale, n, stride)
     for x, y, bias in ((ALIGNED, ALIGNED, ALIGNED), (ODD, ALIGNED, ODD), (ALIGNED.half(), ODD, ODD))
     for other in (None, ALIGNED)
-    for count, scale in ((1, 0.5), (16, 2.0), (7, 2.0), (2**40, 1.0))
+    for count, scale in ((1, 0.5), (True, 0.5), (16, 2.0), (7, 2.0), (2**40, 1.0))
     for n, stride in ((500, 1), (512, 16), (1, 3))
 ]
 
@@ -51,6 +57,17 @@ def test_the_same_kernel_as_triton_is_launched() -> None:
                 launch(_scale_kernel, (4,), *call, **options)
             assert [facts(launch) for launch in launches] == expected
     assert len({entry[-1] for entry in expected}) >= 6
+
+
+def test_two_kernels_with_the_same_arguments_are_two() -> None:
+    kernels = (_scale_kernel, _negate_kernel)
+    with dry_run(90) as launches:
+        for kernel in kernels:
+            kernel[(4,)](*CALLS[0], BLOCK=128)
+        for kernel in kernels:
+            launch(kernel, (4,), *CALLS[0], BLOCK=128)
+        first, second, *ours = map(facts, launches)
+    assert ours == [first, second] and first[-1] != second[-1]
 
 
 def test_triton_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
