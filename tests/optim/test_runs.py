@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
@@ -88,6 +89,7 @@ SHARDED = """
 import sys
 import torch
 import torch.distributed as dist
+from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from tiny_models import relative, tiny_llama
@@ -96,6 +98,8 @@ from fasttune.optim import AdamW
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
+hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+mesh = hybrid if sys.argv[1] == "hybrid" else init_device_mesh("cpu", (2,))
 tokens = torch.randint(3, 499, (4, 23), generator=torch.Generator().manual_seed(0))
 options = dict(lr=1e-3, eps=1e-3, max_grad_norm=0.5, max_norm=3.0)
 
@@ -110,8 +114,8 @@ reference = AdamW(single.named_parameters(), **options)
 train(single, tokens, reference)
 sharded = tiny_llama()
 for block in sharded.model.layers:
-    fully_shard(block)
-fully_shard(sharded)
+    fully_shard(block, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
 optimizer = AdamW(sharded.named_parameters(), **options)
 train(sharded, tokens[2 * rank : 2 * rank + 2], optimizer)
 named = dict(single.named_parameters())
@@ -136,9 +140,11 @@ dist.destroy_process_group()
 """
 
 
-def test_sharded_parameters_equal_a_single_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", ["whole", "hybrid"])
+def test_sharded_parameters_equal_a_single_process(tmp_path: Path, mesh: str) -> None:
+    """Hybrid: replicated over both ranks, so that a norm must not be summed over them."""
     program = tmp_path / "sharded.py"
     program.write_text(SHARDED)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
-    result = python(*launcher, str(program))
+    result = python(*launcher, str(program), mesh)
     assert result.returncode == 0, result.stderr[-3000:]
