@@ -68,8 +68,9 @@ def add(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     model = root(model)
     check_free(model, name)
-    if not reduction_factor > 0:
-        raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor}")
+    number = isinstance(reduction_factor, int | float) and not isinstance(reduction_factor, bool)
+    if not number or not reduction_factor > 0:
+        raise ValueError(f"reduction_factor: expected a number above 0, got {reduction_factor!r}")
     heads = _saved.heads(model, train_also)
     sites = _sites.find(model, placement, example)
     plus, convolution = placement == "adapter_plus", placement in _sites.CONVOLUTIONS

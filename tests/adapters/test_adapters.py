@@ -214,6 +214,7 @@ def test_a_wrong_checkpoint_leaves_the_model_as_it_was(tmp_path: Path) -> None:
         ("training", {}, "name: expected letters"),
         ("s", {"placement": "lora"}, "placement: expected one of"),
         ("s", {"reduction_factor": 0}, "reduction_factor: expected"),
+        ("s", {"reduction_factor": "16"}, "reduction_factor: expected"),
         ("s", {"activation": "softplus"}, "activation: expected one of"),
     ],
 )
