@@ -21,7 +21,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .multi_tensor import ELEMENT, aligned, uploaded
+from .multi_tensor import ELEMENT
+from .multi_tensor_tables import aligned, uploaded
 from .tables import divide_up
 
 # The columns of a branch's row, int64. Scales are the bits of an fp32 number.
