@@ -135,6 +135,7 @@ except ValueError as error:
     assert "sharded parameters" in str(error)
 else:
     raise AssertionError("8-bit moments of sharded parameters must be refused")
+print(f"rank {rank} equals", flush=True)
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -147,4 +148,6 @@ def test_sharded_parameters_equal_a_single_process(tmp_path: Path, mesh: str) ->
     program.write_text(SHARDED)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     result = python(*launcher, str(program), mesh)
-    assert result.returncode == 0, result.stderr[-3000:]
+    # Not the exit status: gloo's threads can abort a process that is done.
+    for rank in (0, 1):
+        assert f"rank {rank} equals" in result.stdout, result.stderr[-3000:]
