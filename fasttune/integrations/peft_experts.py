@@ -73,6 +73,12 @@ def updates(layer: nn.Module) -> dict[str, list[LowRank]]:
     return found
 
 
+def adapted_elements(layer: nn.Module) -> int:
+    """Elements of all parameters of the experts that the wrappers of a layer adapt."""
+    module = owner(layer)
+    return sum(getattr(module, name).numel() for name in adapted(layer))
+
+
 def _dense(factor: Tensor) -> Tensor:
     """PEFT keeps B with the expert as the fastest dimension, which no product takes."""
     return factor if 1 in factor.stride()[1:] else factor.contiguous()

@@ -37,6 +37,8 @@ class Limits:
         attention_scores: B x Hq x S x T.
         logits: rows x vocabulary of the head below a loss.
         bottleneck: input of a bottleneck adapter with a trained scale and without dropout.
+        experts_fp32, experts_16bit: weights of a module of experts that have adapters, by the dtype
+            of the input: what PEFT forms grows with them, what ours costs with experts and rows.
         ia3: activations that (IA)^3 scales.
         ia3_cast: the same where they differ from the vector in dtype, so that PEFT casts them.
         vera_rank: the largest rank (not the smallest call) of VeRA. Its gradient of the output's
@@ -56,6 +58,8 @@ class Limits:
     attention_scores: int = 1 << 16
     logits: int = 1 << 18
     bottleneck: int = 1 << 21
+    experts_fp32: int = 3 << 18
+    experts_16bit: int = 7 << 19
     ia3: int = 1 << 20
     ia3_cast: int = 1 << 18
     vera_rank: int = 128
@@ -150,6 +154,17 @@ def ia3_too_small(x: Tensor, features: int, *, casts: bool) -> bool:
     """
     limit = limits.ia3_cast if casts else limits.ia3
     elements = x.numel() // max(x.shape[-1], 1) * features
+    return x.is_cpu and elements < limit and _registry.forced_backend() is None
+
+
+def experts_too_small(x: Tensor, elements: int) -> bool:
+    """True if PEFT's own forward is faster for experts with so many adapted weights.
+
+    Args:
+        x: the input of the experts.
+        elements: of all stacks of weights that have an adapter.
+    """
+    limit = limits.experts_fp32 if x.dtype == torch.float32 else limits.experts_16bit
     return x.is_cpu and elements < limit and _registry.forced_backend() is None
 
 

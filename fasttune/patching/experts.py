@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fasttune.integrations import peft_experts
 from fasttune.ops.lora_experts import LowRank
+from fasttune.ops.policy import experts_too_small
 from fasttune.patching import guard, probe, state, swap
 from fasttune.patching.lazy_experts import LazyExperts, Use
 from fasttune.patching.session import EXCLUDED, Session
@@ -213,7 +214,11 @@ def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> An
 def _why_original(layer: Any, x: Any, kwargs: dict[str, Any]) -> Reason | None:
     if kwargs.get("adapter_names") is not None:
         return guard.EXTRA
-    return guard.why_original(layer, x, (), {}) or peft_experts.why_original(layer)
+    reason = guard.why_original(layer, x, (), {}) or peft_experts.why_original(layer)
+    if reason is not None:
+        return reason
+    small = experts_too_small(x, peft_experts.adapted_elements(layer))
+    return guard.TOO_SMALL if small else None
 
 
 swap.register_kind(KIND, _forward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 import fasttune
 from fasttune.errors import PatchError, VerificationError
+from fasttune.ops import policy
 from fasttune.patching import experts as patching
+from fasttune.patching import guard
 from fasttune.testing import accounting
 from fasttune.testing.families import FAMILIES
 from fasttune.testing.numerics import check
@@ -422,6 +425,19 @@ def test_reasons_at_a_call() -> None:
         assert_same(model, stock)
         assert fasttune.explain(model)["0.mlp.experts"].fallbacks == {reason: 1}
         assert counted(model).fused == 1  # the other layer
+
+
+@pytest.mark.limits
+def test_small_stacks_of_weights_take_peft_s_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fasttune.patch(build(), strict=True)
+    experts = wrapper(model).get_base_layer()
+    elements = experts.gate_up_proj.numel() + experts.down_proj.numel()
+    for limit, fused in ((elements + 1, 0), (elements, 1)):
+        monkeypatch.setattr(policy, "limits", replace(policy.NO_LIMITS, experts_fp32=limit))
+        step(model, batch_of())
+        explained = fasttune.explain(model)["0.mlp.experts"]
+        assert explained.fused_calls == fused
+        assert explained.fallbacks == {guard.TOO_SMALL.text: 1}
 
 
 def test_a_tensor_as_scaling() -> None:
