@@ -119,7 +119,9 @@ def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: b
             return Tile(32, 128, 8, 4)
         narrow = arithmetic == "terms6" and not (block_r == 128 and _is_b200(capability))
         return Tile(32, 64, 8, 4) if narrow else Tile(32, 128, 8, 3)
-    return Tile(32, 128, 4, 4) if arithmetic == "terms6" and block_r == 32 else Tile(64, 128, 4, 3)
+    # 64 rows spill where masks or terms take registers too.
+    crowded = block_r == 32 and (arithmetic == "terms6" or (arithmetic == "terms" and dropout))
+    return Tile(32, 128, 4, 4) if crowded else Tile(64, 128, 4, 3)
 
 
 @functools.cache
@@ -137,7 +139,10 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
         return _for_bandwidth(capability, Tile(32, 64, 4, 4))
     if block_r <= 16:
         return Tile(64, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 4, 3)
-    tile = Tile(32, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 8, 3)
+    if arithmetic == "mma":
+        tile = Tile(32, 256, 8, 3)
+    else:  # 64 rows spill 48 bytes on an H100
+        tile = Tile(32, 128, 8, 5) if capability == 90 else Tile(64, 128, 8, 3)
     return _for_bandwidth(capability, tile, more=1)
 
 
