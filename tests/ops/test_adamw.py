@@ -492,6 +492,18 @@ def test_limits_have_the_bits_of_the_reference(
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name", ["cpu", *KERNELS[2:]])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 1023), (torch.bfloat16, 2047)])
+def test_a_limit_stops_at_the_last_element(dtype: torch.dtype, count: int, name: str) -> None:
+    """One element less than a stretch of a kernel: its neighbour in memory is not a parameter."""
+    memory = torch.ones(count + 1, dtype=dtype)
+    norms = torch.tensor([[0.0, 0.0, 4.0]])
+    with backend(name):
+        limit_norms([memory[:count]], norms, torch.tensor([2.0], dtype=FP64))
+    assert torch.equal(memory[:count], torch.full((count,), 0.5, dtype=dtype))
+    assert memory[count] == 1
+
+
 def test_fp64_parameters_have_limits_too() -> None:
     param, norms = torch.full((4,), 2.0, dtype=FP64), torch.tensor([[0.0, 0.0, 4.0]])
     limit_norms([param], norms, torch.tensor([1.0], dtype=FP64))
