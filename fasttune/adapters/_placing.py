@@ -123,18 +123,8 @@ def stack(model: nn.Module, *names: str) -> None:
         ValueError: there is no such adapter, or one is named twice.
     """
     model = root(model)
-    for name in names:
-        config_of(model, name)
-    if len(set(names)) != len(names):
-        raise ValueError(f"names: expected each adapter once, got {', '.join(names)}")
-    for bank in banks(model).values():
-        bank.active = tuple(name for name in names if name in bank)
-        for key, adapter in bank.items():
-            adapter.requires_grad_(key in names)
     configs = model.__dict__.get(STATE, {}).get("configs", {})
-    for module in {head for config in configs.values() for head in config["train_also"]}:
-        wanted = any(module in configs[name]["train_also"] for name in names)
-        model.get_submodule(module).requires_grad_(wanted)
+    _saved.activate(model, configs, banks(model).values(), names)
 
 
 def deactivate(model: nn.Module) -> None:

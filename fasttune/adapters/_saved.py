@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,29 @@ def config(configs: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if name not in configs:
         raise ValueError(f"name: expected one of {', '.join(configs) or 'none'}, got {name!r}")
     return configs[name]
+
+
+def activate(
+    model: nn.Module,
+    configs: Mapping[str, dict[str, Any]],
+    banks: Iterable[Any],
+    names: Sequence[str],
+) -> None:
+    """Apply and train ``names`` in every bank, in that order, and the modules trained with them.
+
+    Raises:
+        ValueError: there is none of a name, or one is named twice.
+    """
+    chosen = [config(configs, name) for name in names]
+    if len(set(names)) != len(names):
+        raise ValueError(f"names: expected each once, got {', '.join(names)}")
+    for bank in banks:
+        bank.active = tuple(name for name in names if name in bank)
+        for key, module in bank.items():
+            module.requires_grad_(key in names)
+    wanted = {head for own in chosen for head in own["train_also"]}
+    for head in {head for own in configs.values() for head in own["train_also"]}:
+        model.get_submodule(head).requires_grad_(head in wanted)
 
 
 def check_free(configs: Mapping[str, Any], name: Any, bank: type[nn.Module]) -> None:

@@ -101,18 +101,8 @@ def activate_reft(model: nn.Module, *names: str) -> None:
     Raises:
         ValueError: there are no such interventions, or some are named twice.
     """
-    for name in names:
-        _config(model, name)
-    if len(set(names)) != len(names):
-        raise ValueError(f"names: expected each once, got {', '.join(names)}")
-    for bank in _banks(model).values():
-        bank.active = tuple(name for name in names if name in bank)
-        for key, intervention in bank.items():
-            intervention.requires_grad_(key in names)
     configs = model.__dict__.get(_STATE, {}).get("configs", {})
-    for module in {head for config in configs.values() for head in config["train_also"]}:
-        wanted = any(module in configs[name]["train_also"] for name in names)
-        model.get_submodule(module).requires_grad_(wanted)
+    _saved.activate(model, configs, _banks(model).values(), names)
 
 
 def remove_reft(model: nn.Module, name: str) -> None:
