@@ -48,6 +48,8 @@ ROUNDS, STEPS = 3, 3
 GRADIENT_ERROR, ONE_GRADIENT_ERROR = 0.2, 0.5
 SIZES = {
     "Llama-3.2-1B-4x2048": Size(2048, 8192, 16, 32, 8, (4, 2048), tied=True),
+    "Llama-3.2-1B-1x2048": Size(2048, 8192, 16, 32, 8, (1, 2048), tied=True),
+    "Llama-3.2-1B-1x512": Size(2048, 8192, 16, 32, 8, (1, 512), tied=True),
     "Llama-3.2-1B-4x2048-no-dropout": Size(2048, 8192, 16, 32, 8, (4, 2048), 0.0, tied=True),
     "Llama-3-8B-1x2048": Size(4096, 14336, 32, 32, 8, (1, 2048)),
     "Llama-3-8B-4x2048": Size(4096, 14336, 32, 32, 8, (4, 2048)),
@@ -84,7 +86,8 @@ def batch_of(size: Size) -> dict[str, Tensor]:
 
 
 def make_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-5, fused=True)
+    # No step moves the weights: gradients of stock and patched are those of one model.
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.0, fused=True)
 
     def step() -> Tensor:
         loss: Tensor = model(**batch).loss

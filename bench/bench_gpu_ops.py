@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import peft
@@ -19,7 +20,8 @@ from gpu_time import Step, time_variants
 from torch import Tensor, nn
 
 import fasttune
-from fasttune import ops
+from fasttune import _native, ops
+from fasttune._registry import use_backend
 from fasttune.nn import BottleneckAdapter
 from fasttune.optim import AdamW
 
@@ -31,6 +33,7 @@ pytestmark = [
 BF16 = torch.bfloat16
 M, H, I = 8192, LLAMA3.hidden, LLAMA3.intermediate  # noqa: E741 (the field's letters)
 EPS = 1e-5
+CUDA_TIER = _native.cuda_missing() is None
 LIGER = importlib.util.find_spec("liger_kernel") is not None
 
 
@@ -50,6 +53,17 @@ def both_ways(function: Callable[..., Any], leaves: list[Tensor], dys: list[Tens
         torch.autograd.backward(outputs, dys)
 
     return step
+
+
+def with_cuda_tier(variants: dict[str, Step]) -> dict[str, Step]:
+    """And our kernels of CUDA C++, where they are built: the others are Triton's."""
+    ours = variants["fasttune"]
+
+    def step() -> None:
+        with use_backend("cuda"):
+            ours()
+
+    return variants | ({"fasttune cuda": step} if CUDA_TIER else {})
 
 
 def results(function: Callable[..., Any], leaves: list[Tensor], dys: list[Tensor]) -> dict:
@@ -123,7 +137,7 @@ def test_rms_norm(measure) -> None:
             lambda x: Liger.apply(x, weight, EPS, 0.0, "llama", False), [x], [dy]
         )
     variants["floor"] = copies(5 * M * H * 2)
-    measure(variants, shape=[M, H])
+    measure(with_cuda_tier(variants), shape=[M, H])
 
 
 def test_layer_norm(measure) -> None:
@@ -150,7 +164,7 @@ def test_glu(measure) -> None:
         own = [gate.detach().clone().requires_grad_(), up.detach().clone().requires_grad_()]
         variants["liger"] = both_ways(Liger.apply, own, [dy])
     variants["floor"] = copies(8 * M * I * 2)
-    measure(variants, shape=[M, I])
+    measure(with_cuda_tier(variants), shape=[M, I])
 
 
 def test_rope(measure) -> None:
@@ -221,14 +235,16 @@ def test_linear_cross_entropy(measure) -> None:
     measure(variants, shape=[rows, H, vocabulary])
 
 
-def lora_layers(outputs: list[int], dropout: float, **options: Any) -> nn.Module:
-    """Linear layers of one input with PEFT LoRA r 16 in fp32."""
+def lora_layers(
+    outputs: list[int], dropout: float, features: int, adapter_dtype: torch.dtype, **options: Any
+) -> nn.Module:
+    """Linear layers of one input with PEFT LoRA r 16."""
 
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList(
-                nn.Linear(H, n, bias=False, dtype=BF16, device="cuda") for n in outputs
+                nn.Linear(features, n, bias=False, dtype=BF16, device="cuda") for n in outputs
             )
 
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -239,24 +255,48 @@ def lora_layers(outputs: list[int], dropout: float, **options: Any) -> nn.Module
         r=16, lora_alpha=32, lora_dropout=dropout, init_lora_weights=False,
         target_modules=[f"layers.{i}" for i in range(len(outputs))], **options,
     )  # fmt: skip
-    return peft.get_peft_model(Layers(), config).train()
+    model = peft.get_peft_model(Layers(), config).train()
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.to(adapter_dtype)
+    return model
+
+
+@dataclass(frozen=True)
+class LoraCase:
+    """Layers of one input; fp32 adapters are what PEFT makes, and the CUDA tier takes bf16 ones."""
+
+    outputs: list[int]
+    dropout: float = 0.0
+    rows: int = M
+    features: int = H
+    adapter_dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 LORA_CASES = {
-    "q-dropout": ([H], 0.05, {}),
-    "q": ([H], 0.0, {}),
-    "qkv-dropout": ([H, LLAMA3.kv, LLAMA3.kv], 0.05, {}),
-    "gate-up-dropout": ([I, I], 0.05, {}),
-    "q-dora": ([H], 0.0, {"use_dora": True}),
+    "q-dropout": LoraCase([H], 0.05),
+    "q": LoraCase([H]),
+    "q-dropout-bf16-adapters": LoraCase([H], 0.05, adapter_dtype=BF16),
+    "q-bf16-adapters": LoraCase([H], adapter_dtype=BF16),
+    "qkv-dropout": LoraCase([H, LLAMA3.kv, LLAMA3.kv], 0.05),
+    "gate-up-dropout": LoraCase([I, I], 0.05),
+    "q-dora": LoraCase([H], options={"use_dora": True}),
+    # The host's time: what these do is over before Python is.
+    "small-dropout": LoraCase([1024], 0.05, rows=256, features=1024),
+    "small": LoraCase([1024], rows=256, features=1024),
+    "small-dropout-bf16-adapters": LoraCase(
+        [1024], 0.05, rows=256, features=1024, adapter_dtype=BF16
+    ),
 }
 
 
-@pytest.mark.parametrize("case", LORA_CASES)
-def test_lora(measure, case: str) -> None:
-    outputs, dropout, options = LORA_CASES[case]
-    stock = lora_layers(outputs, dropout, **options)
+@pytest.mark.parametrize("name", LORA_CASES)
+def test_lora(measure, name: str) -> None:
+    case = LORA_CASES[name]
+    outputs, rows, features = case.outputs, case.rows, case.features
+    stock = lora_layers(outputs, case.dropout, features, case.adapter_dtype, **case.options)
     patched = fasttune.patch(copy.deepcopy(stock), strict=True)
-    x, dys = randn(M, H), [randn(M, n, grad=False) for n in outputs]
+    x, dys = randn(rows, features), [randn(rows, n, grad=False) for n in outputs]
 
     def outcome(model: nn.Module, x: Tensor, dys: list[Tensor]) -> dict[str, Tensor]:
         x = x.detach().clone().requires_grad_()
@@ -293,9 +333,56 @@ def test_lora(measure, case: str) -> None:
             torch.mm(plain_x, weight.t())
             torch.mm(dy, weight)
 
+    variants = {"torch": step_of(stock), "fasttune": step_of(patched), "floor": floor}
+    if case.adapter_dtype == BF16:
+        variants = with_cuda_tier(variants)
     measure(
-        {"torch": step_of(stock), "fasttune": step_of(patched), "floor": floor},
-        shape=[M, H, outputs], rank=16, dropout=dropout,
+        variants, shape=[rows, features, outputs], rank=16, dropout=case.dropout,
+        adapter_dtype=str(case.adapter_dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["blocks", "alternating"])
+def test_lora_segmented(measure, order: str) -> None:
+    """Eight adapters in one batch of 16 samples, r 16 in fp32, against their loop and the base."""
+    adapters, samples = 8, 16
+    weight = randn(H, H, grad=False, scale=H**-0.5)
+    rows_of = [
+        i * adapters // samples if order == "blocks" else i % adapters for i in range(samples)
+    ]
+    x, dy = randn(samples, M // samples, H), randn(samples, M // samples, H, grad=False)
+    factors = [
+        randn(*shape, scale=shape[1] ** -0.5, dtype=torch.float32)
+        for _ in range(adapters)
+        for shape in ((16, H), (H, 16))
+    ]
+
+    def ours(x: Tensor, *factors: Tensor) -> Tensor:
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        branches = [ops.LoraBranch(a, b, 2.0) for a, b in pairs]
+        return ops.lora_segmented(x, weight.to(x.dtype), branches, rows_of)
+
+    def loop(x: Tensor, *factors: Tensor) -> Tensor:
+        y = F.linear(x, weight.to(x.dtype))
+        for j, (a, b) in enumerate(zip(factors[::2], factors[1::2], strict=True)):
+            places = [i for i, owner in enumerate(rows_of) if owner == j]
+            own = x[places].to(a.dtype)
+            y[places] += (F.linear(F.linear(own, a), b) * 2.0).to(y.dtype)
+        return y
+
+    leaves = [x, *factors]
+    truth = results(loop, [leaf.detach().float() for leaf in leaves], [dy.float()])
+    assert_agreement(results(loop, leaves, [dy]), results(ours, leaves, [dy]), truth, dtype=BF16)
+    plain_x, plain_dy = x.detach().flatten(0, 1), dy.flatten(0, 1)
+
+    def floor() -> None:
+        torch.mm(plain_x, weight.t())
+        torch.mm(plain_dy, weight)
+
+    measure(
+        {"torch": both_ways(loop, leaves, [dy]), "fasttune": both_ways(ours, leaves, [dy]),
+         "floor": floor},
+        shape=[M, H, H], rank=16, adapters=adapters, order=order,
     )  # fmt: skip
 
 
@@ -358,7 +445,8 @@ def test_adamw(measure, size: str) -> None:
     for own, other in zip(mine, theirs, strict=True):
         assert torch.allclose(own, other, rtol=1e-5, atol=1e-7)
     elements = sum(param.numel() for param in mine)
+    variants = {"torch": stock_step, "fasttune": step, "floor": copies(32 * elements)}
     measure(
-        {"torch": stock_step, "fasttune": step, "floor": copies(32 * elements)},
+        with_cuda_tier(variants),
         shape=[elements], tensors=len(shapes),
     )  # fmt: skip
