@@ -70,7 +70,10 @@ def acts_on_gradient(parameter: Tensor) -> bool:
 
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
     """True if every tensor is a plain Tensor or Parameter with real storage."""
-    return all(t is None or (type(t) in _PLAIN_TYPES and t.device.type != "meta") for t in tensors)
+    for tensor in tensors:  # at every call of an op: no generator
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or tensor.is_meta):
+            return False
+    return True
 
 
 def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
@@ -96,9 +99,11 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # no create_graph=True
+        if torch.compiler.is_compiling():
             return outputs
         raises: Any = torch._C._functions.DelayedError(
             b"fasttune ops are differentiable once; "

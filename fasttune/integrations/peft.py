@@ -19,7 +19,7 @@ from torch import Tensor, nn
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_RANK = 256  # of every backend of lora_linear
 NO_ADAPTER = "no active adapter on this layer"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def loaded() -> bool:
@@ -113,7 +113,7 @@ def hooked(module: nn.Module) -> bool:
     state = module.__dict__
     if "forward" in state or "_hf_hook" in state:
         return True
-    return any(state.get(name) for name in _HOOKS)
+    return any(state.get(name) for name in HOOKS)
 
 
 def plain(tensor: Tensor) -> bool:

@@ -62,6 +62,11 @@ def why_original(
         return Reason("adapters are disabled", expected=True)
     if layer.merged:
         return Reason("adapters are merged", expected=True)
+    return why_call(layer, x, args, kwargs) or why_base(layer, x) or why_adapters(layer, x)
+
+
+def why_call(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reason | None:
+    """Why a call takes PEFT's own forward whatever the layer's adapters, or None."""
     if args or any(value is not None for value in kwargs.values()):
         return Reason("called with extra arguments")
     if not layer.training and not torch.is_grad_enabled():
@@ -72,7 +77,7 @@ def why_original(
         return Reason("a global module hook is registered")
     if _torch.in_functorch():
         return Reason("called inside torch.func")
-    return why_base(layer, x) or why_adapters(layer, x)
+    return None
 
 
 def why_base(layer: Any, x: Tensor) -> Reason | None:

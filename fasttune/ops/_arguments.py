@@ -37,8 +37,10 @@ def output_shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     No view: ``y *= s`` on an output must work, and autograd forbids it on a view that was made in
     a Function.
     """
-    if y.shape == torch.Size(shape):
+    if y.shape == shape:
         return y
+    if y.is_contiguous() and y._base is None and not torch.compiler.is_compiling():
+        return y.resize_(shape)  # of as many elements: half the time of the operator below
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
     return shaped
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ _RESOLUTION = 65536  # a lane has 16 bits
 _MASK32 = 0xFFFFFFFF
 
 
+@lru_cache(maxsize=256)
 def threshold(p: float) -> int:
     """The lane value below which an element is dropped: round(65536 p).
 

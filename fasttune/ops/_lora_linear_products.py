@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -30,12 +31,7 @@ class Needs:
 
     @staticmethod
     def unpack(flags: Sequence[bool], projections: int, branches: int) -> Needs:
-        sizes = (projections, projections, branches, branches, branches)
-        parts, at = [], 1
-        for size in sizes:
-            parts.append(flags[at : at + size])
-            at += size
-        return Needs(flags[0], *parts)
+        return _unpacked(tuple(flags), projections, branches)
 
     def of_outputs(self, given: Sequence[bool], counts: Sequence[int]) -> list[bool]:
         """The flags, without the parameters of projections whose output got no gradient."""
@@ -53,12 +49,27 @@ class Needs:
         return [self.x, *of_projections, *of_branches]
 
 
-def ranges(counts: Sequence[int]) -> list[range]:
+@lru_cache(maxsize=256)
+def _unpacked(flags: tuple[bool, ...], projections: int, branches: int) -> Needs:
+    sizes = (projections, projections, branches, branches, branches)
+    parts, at = [], 1
+    for size in sizes:
+        parts.append(flags[at : at + size])
+        at += size
+    return Needs(flags[0], *parts)
+
+
+def ranges(counts: Sequence[int]) -> tuple[range, ...]:
     """The branch indices of each projection."""
+    return _ranges(tuple(counts))
+
+
+@lru_cache(maxsize=256)
+def _ranges(counts: tuple[int, ...]) -> tuple[range, ...]:
     ends = [0]
     for count in counts:
         ends.append(ends[-1] + count)
-    return [range(start, end) for start, end in pairwise(ends)]
+    return tuple(range(start, end) for start, end in pairwise(ends))
 
 
 def branch_scale(scaling: float, threshold: int) -> float:
@@ -114,17 +125,22 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
     scales = [branch_scale(*pair) for pair in zip(scalings, thresholds, strict=True)]
     ts = _down(prims, x, a, scales, scaling_tensors, draws)
     projections = ranges(counts)
-    totals = [
-        total_bias(
-            biases[i],
-            [lora_biases[j] for j in branches],
-            [scalings[j] for j in branches],
-            [scaling_tensors[j] for j in branches],
-        )
-        for i, branches in enumerate(projections)
-    ]
-    own = [_concatenate([ts[j] for j in branches]) for branches in projections]
-    up = [_concatenate([b[j] for j in branches]) for branches in projections]
+    totals = biases
+    if any(lora_bias is not None for lora_bias in lora_biases):
+        totals = [
+            total_bias(
+                biases[i],
+                [lora_biases[j] for j in branches],
+                [scalings[j] for j in branches],
+                [scaling_tensors[j] for j in branches],
+            )
+            for i, branches in enumerate(projections)
+        ]
+    own: Sequence[Tensor | None] = ts
+    up: Sequence[Tensor | None] = b
+    if any(count != 1 for count in counts):
+        own = [_concatenate([ts[j] for j in branches]) for branches in projections]
+        up = [_concatenate([b[j] for j in branches]) for branches in projections]
     through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
     first = [i for i, t in enumerate(own) if t is not None and bases[i] is None]
     sums = {} if through_fp32 else _up(prims, first, own, up, totals, dtype)
@@ -148,7 +164,7 @@ def _group(prims: ModuleType) -> ModuleType:
 
 def _owners(counts: Sequence[int]) -> list[int]:
     """The projection of each branch."""
-    return [i for i, branches in enumerate(ranges(counts)) for _ in branches]
+    return [i for i, count in enumerate(counts) for _ in range(count)]
 
 
 def _draws(

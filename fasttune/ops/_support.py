@@ -85,19 +85,24 @@ def _lora_on_triton(*args: Any) -> str | None:
     return why_not_triton(args, _flatten([args[3]]))
 
 
+_NUMBERS = (int, float, bool)
+
+
 def _flatten(args: Sequence[Any]) -> list[Tensor]:
     flat: list[Tensor] = []
     for arg in args:
-        if isinstance(arg, Tensor):
+        kind = type(arg)
+        if kind is list or kind is tuple:
+            if arg and type(arg[0]) not in _NUMBERS:
+                flat += [item for item in arg if isinstance(item, Tensor)]
+        elif isinstance(arg, Tensor):
             flat.append(arg)
-        elif isinstance(arg, (list, tuple)):
-            flat += [item for item in arg if isinstance(item, Tensor)]
     return flat
 
 
 def _dtype_or_rank(tensors: Sequence[Tensor], a: Sequence[Tensor], max_rank: int) -> str | None:
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES:
+        if tensor.dtype not in KERNEL_DTYPES and tensor.is_floating_point():
             return f"it takes fp32, bf16 and fp16, got {tensor.dtype}"
     for factor in a:
         if factor.shape[0] > max_rank:

@@ -30,8 +30,9 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
         return None
     if torch.version.hip is not None:
         return "the launchers pass CUDA-only options; ROCm is not supported"
-    if any(tensor.device.type != "cuda" for tensor in tensors):
-        return "it takes CUDA tensors"
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return "it takes CUDA tensors"
     return None
 
 

@@ -39,6 +39,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ from torch import Tensor
 
 from fasttune import _registry, _torch
 from fasttune.ops import _dropout, _lora_linear_reference, _recipe
-from fasttune.ops._arguments import check_float, check_shape, rows_first
+from fasttune.ops._arguments import check_float, check_shape, output_shaped, rows_first
 from fasttune.ops._lora_linear_backends import BACKWARD, FORWARD
 from fasttune.ops._lora_linear_products import Needs
 from fasttune.ops._lora_scales import scale_gradients, scaled_up
@@ -102,14 +103,41 @@ class LoraProjection:
 
 @dataclass(frozen=True)
 class _Spec:
-    """Everything about a call that is no tensor."""
+    """Everything about a call that is no tensor.
 
-    counts: tuple[int, ...]  # branches of each projection
+    Attributes:
+        counts: branches of each projection.
+        scalings, thresholds: of each branch.
+        streams: the number of each branch in the random bits of its seed.
+        compute_dtype: of the products with the base weights.
+        given: of each kind of tensors in the order of ``_pack``, whether a call has any: a kind
+            that is all None is not passed.
+    """
+
+    counts: tuple[int, ...]
     scalings: tuple[float, ...]
     thresholds: tuple[int, ...]
-    streams: tuple[int, ...]  # the number of each branch in the random bits of its seed
+    streams: tuple[int, ...]
     compute_dtype: torch.dtype
+    given: tuple[bool, ...]
 
+    def each_kind(self, items: Sequence[Any], missing: Any) -> list[list[Any]]:
+        """What belongs to the tensors of each kind, ``missing`` where there are none."""
+        n, k = len(self.counts), len(self.scalings)
+        parts, at = [], 0
+        for size, given in zip((n, n, k, k, k, k, n, n, k, k), self.given, strict=True):
+            parts.append([*items[at : at + size]] if given else [missing] * size)
+            at += size if given else 0
+        return parts
+
+    def flat(self, kinds: Sequence[Sequence[Any]]) -> list[Any]:
+        """The other way round."""
+        chosen = zip(kinds, self.given, strict=True)
+        return [item for kind, given in chosen if given for item in kind]
+
+
+# One object for all layers of a kind: making it takes longer than finding it.
+_spec = lru_cache(maxsize=1024)(_Spec)
 
 _INPUT = 0  # position of x among the tensor inputs of _LoraLinear
 
@@ -119,8 +147,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, x: Tensor, *flat: Any) -> Any:
-        weights, biases, a, b, lora_biases, scaling_tensors, bases, seeds, *scales = _unpack(
-            spec, flat
+        weights, biases, a, b, lora_biases, scaling_tensors, bases, seeds, *scales = spec.each_kind(
+            flat, None
         )
         m = math.prod(x.shape[:-1])
         rows = rows_first(x, m, x.shape[-1])
@@ -136,40 +164,38 @@ class _LoraLinear(torch.autograd.Function):
         else:
             ctx.backend = FORWARD.select(*args)
             ys, ts = ctx.backend.run(*args)
-        differentiable = 1 + 2 * len(weights) + 3 * len(a)  # x, weights, biases, a, b, lora_biases
-        needs = list(ctx.needs_input_grad[1 : 1 + differentiable])
-        need_x = needs[0]
-        ctx.scale_needs = _join_scale_needs(needs, ctx.needs_input_grad, spec, scales)
-        need = Needs.unpack(needs, len(weights), len(a))
+        _, need_x, *flags = ctx.needs_input_grad
+        need_w, need_bias, need_a, need_b, need_lora_bias, *_, rank_needs, out_needs = (
+            spec.each_kind(flags, False)
+        )
+        ctx.scale_needs = _join_scale_needs(need_b, rank_needs, out_needs, scales)
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
         # nothing, nor does an input that its producer can rebuild.
-        need_input = any(need.a) or any(need.w)
+        need_input = True in need_a or True in need_w
         ctx.recipe = need_input and not torch.compiler.is_compiling() and _recipe.available(x)
         keep_input = need_input and not ctx.recipe
         ctx.save_for_backward(
             x if keep_input else None,
             *seeds,
-            *(w if need_x or flag else None for w, flag in zip(weights, need.w, strict=True)),
+            *(w if need_x or flag else None for w, flag in zip(weights, need_w, strict=True)),
             *a,
             *b,
-            *(t if flag else None for t, flag in zip(ts, need.b, strict=True)),
+            *(t if flag else None for t, flag in zip(ts, need_b, strict=True)),
             *scaling_tensors,
             *scales[0],
             *scales[1],
         )
         ctx.set_materialize_grads(False)
         ctx.ran = False
-        ctx.saved_bytes = sum(t.numel() * t.element_size() for t in ts) if any(need.b) else 0
-        ctx.saved_bytes += x.numel() * x.element_size() if keep_input else 0
-        ctx.spec, ctx.needs, ctx.shape, ctx.x_dtype = spec, needs, x.shape, x.dtype
+        ctx.saved_bytes = x.numel() * x.element_size() if keep_input else 0
+        if True in need_b:
+            ctx.saved_bytes += sum(t.numel() * t.element_size() for t in ts)
+        ctx.needs = (need_x, *need_w, *need_bias, *need_a, *need_b, *need_lora_bias)
+        ctx.spec, ctx.shape, ctx.x_dtype = spec, x.shape, x.dtype
         ctx.widths = [y.shape[-1] for y in ys]
-        ctx.has_base = [y is not None for y in bases]
         ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]
-        # No views: `q *= s` on an output must work, and autograd forbids it on a view made in here.
-        shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
         return tuple(
-            torch.ops.aten._unsafe_view.default(y, shape)
-            for y, shape in zip(ys, shapes, strict=True)
+            [output_shaped(y, (*x.shape[:-1], n)) for y, n in zip(ys, ctx.widths, strict=True)]
         )
 
     @staticmethod
@@ -178,18 +204,18 @@ class _LoraLinear(torch.autograd.Function):
         ctx.ran = True  # deferred groups ask whether a call still waits for its backward
         spec: _Spec = ctx.spec
         n, k = len(spec.counts), len(spec.scalings)
-        nothing = (None,) * (2 + 4 * n + 6 * k)
-        given = next((dy for dy in dys if dy is not None), None)
-        if given is None:
-            return nothing
+        missing = [dy is None for dy in dys]
+        if all(missing):
+            return (None,) * len(ctx.needs_input_grad)
         x, *saved = ctx.saved_tensors
         if ctx.recipe:
             x = _recipe.rebuild(ctx, _INPUT)
         seeds, weights, a, b, ts, scaling_tensors, *scales = _split(saved, (n, n, *[k] * 6))
         rows = math.prod(ctx.shape[:-1])
-        needs = Needs.unpack(ctx.needs, n, k).of_outputs(
-            [dy is not None for dy in dys], spec.counts
-        )
+        needs = ctx.needs
+        if True in missing:
+            given = [not flag for flag in missing]
+            needs = Needs.unpack(needs, n, k).of_outputs(given, spec.counts)
         args = (
             [
                 None if dy is None else rows_first(dy, rows, width)
@@ -198,7 +224,7 @@ class _LoraLinear(torch.autograd.Function):
             None if x is None else rows_first(x, rows, ctx.shape[-1]),
             weights, a, _scaled(b, *scales), ts, scaling_tensors,
             list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds, ctx.x_dtype,
-            needs, list(spec.streams),
+            list(needs), list(spec.streams),
         )  # fmt: skip
         run = (
             BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
@@ -213,39 +239,43 @@ class _LoraLinear(torch.autograd.Function):
             if dbs[j] is not None:
                 grads_of = scale_gradients(dbs[j], b[j], scales[0][j], scales[1][j], wanted)
                 dbs[j], dscales[0][j], dscales[1][j] = grads_of
-        dtypes = iter(ctx.bias_dtypes)
-        dbiases = [g if g is None else g.to(t) for g, t in zip(dbiases, dtypes, strict=False)]
+        dbiases = [g if g is None else g.to(t) for g, t in zip(dbiases, ctx.bias_dtypes)]  # noqa: B905
         dlora_biases = [
             g if g is None else g.to(t)
             for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)
         ]
-        dbases = [dy if given else None for dy, given in zip(dys, ctx.has_base, strict=True)]
-        nones = (None,) * k, (None,) * n  # scaling tensors and seeds
-        dbranches = *das, *dbs, *dlora_biases, *nones[0]
-        return None, dx, *dws, *dbiases, *dbranches, *dbases, *nones[1], *dscales[0], *dscales[1]
+        kinds = (
+            dws, dbiases, das, dbs, dlora_biases,
+            (None,) * k, dys, (None,) * n,  # scaling tensors, bases, seeds
+            *dscales,
+        )  # fmt: skip
+        return None, dx, *spec.flat(kinds)
 
 
 def _scaled(
-    b: Sequence[Tensor], rank_scales: Sequence[Tensor | None], out_scales: Sequence[Tensor | None]
+    b: list[Tensor], rank_scales: Sequence[Tensor | None], out_scales: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    return [scaled_up(*branch) for branch in zip(b, rank_scales, out_scales, strict=True)]
+    return [
+        factor if rank is None and out is None else scaled_up(factor, rank, out)
+        for factor, rank, out in zip(b, rank_scales, out_scales, strict=True)
+    ]
 
 
 def _join_scale_needs(
-    needs: list[bool], all_needs: Sequence[bool], spec: _Spec, scales: Sequence[Sequence[Any]]
+    need_b: list[bool],
+    rank_needs: Sequence[bool],
+    out_needs: Sequence[bool],
+    scales: Sequence[Sequence[Tensor | None]],
 ) -> dict[int, tuple[bool, bool, bool]]:
-    """Set, in ``needs``, that a scaled B gets a gradient if B or one of its scales needs one.
+    """Set, in ``need_b``, that a scaled B gets a gradient if B or one of its scales needs one.
 
     Returns the scaled branches, each with which of the three (B, rank_scale, out_scale) do.
     """
-    n, k = len(spec.counts), len(spec.scalings)
-    first_b, first_scale = 1 + 2 * n + k, 2 + 4 * n + 4 * k  # all_needs counts the spec and x
     joined = {}
     for j, scaled in enumerate(zip(*scales, strict=True)):
         if scaled != (None, None):
-            at = first_scale + j
-            joined[j] = (needs[first_b + j], all_needs[at], all_needs[at + k])
-            needs[first_b + j] = any(joined[j])
+            joined[j] = (need_b[j], rank_needs[j], out_needs[j])
+            need_b[j] = any(joined[j])
     return joined
 
 
@@ -258,30 +288,36 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 
 
 def _pack(
-    projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
-) -> tuple[list[Any], list[float], list[int]]:
-    """Flat tensors (weights, biases, a, b, lora biases, scaling tensors, bases, seeds, rank scales,
-    out scales), scalings, counts.
-    """
+    projections: Sequence[LoraProjection],
+    seeds: Sequence[Tensor | None],
+    streams: Sequence[int],
+    compute_dtype: torch.dtype,
+) -> tuple[_Spec, list[Any]]:
+    """The spec of a call, and its tensors one after the other."""
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
-    flat: list[Any] = [projection.weight for projection in projections]
-    flat += [projection.bias for projection in projections]
-    flat += [branch.a for branch in branches]
-    flat += [branch.b for branch in branches]
-    flat += [branch.bias for branch in branches]
-    flat += [scale if isinstance(scale, Tensor) else None for scale in scales]
-    flat += [projection.base for projection in projections]
-    flat += seeds
-    flat += [branch.rank_scale for branch in branches]
-    flat += [branch.out_scale for branch in branches]
-    scalings = [1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]
-    return flat, scalings, [len(projection.branches) for projection in projections]
-
-
-def _unpack(spec: _Spec, flat: Sequence[Any]) -> list[list[Any]]:
-    n, k = len(spec.counts), len(spec.scalings)
-    return _split(flat, (n, n, k, k, k, k, n, n, k, k))
+    kinds: tuple[Sequence[Any], ...] = (
+        [projection.weight for projection in projections],
+        [projection.bias for projection in projections],
+        [branch.a for branch in branches],
+        [branch.b for branch in branches],
+        [branch.bias for branch in branches],
+        [scale if isinstance(scale, Tensor) else None for scale in scales],
+        [projection.base for projection in projections],
+        seeds,
+        [branch.rank_scale for branch in branches],
+        [branch.out_scale for branch in branches],
+    )
+    make = _Spec if torch.compiler.is_compiling() else _spec
+    spec = make(
+        tuple([len(projection.branches) for projection in projections]),
+        tuple([1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]),
+        tuple([_dropout.threshold(branch.dropout_p) for branch in branches]),
+        tuple(streams),
+        compute_dtype,
+        tuple([any([item is not None for item in kind]) for kind in kinds]),
+    )
+    return spec, spec.flat(kinds)
 
 
 def lora_linear_group(
@@ -345,15 +381,14 @@ def apply_group(
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear_group` without validation, for callers that know their arguments."""
     seeds, streams = _random_bits(x, projections, seed)
-    flat, scalings, counts = _pack(projections, seeds)
-    thresholds = [_dropout.threshold(b.dropout_p) for p in projections for b in p.branches]
-    spec = _Spec(tuple(counts), tuple(scalings), tuple(thresholds), tuple(streams), compute_dtype)
+    spec, flat = _pack(projections, seeds, streams, compute_dtype)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         x2 = x.reshape(-1, x.shape[-1])
-        *tensors, bases, _, rank_scales, out_scales = _unpack(spec, flat)
+        *tensors, bases, _, rank_scales, out_scales = spec.each_kind(flat, None)
         tensors[3] = _scaled(tensors[3], rank_scales, out_scales)
         bases = [y if y is None else y.reshape(-1, y.shape[-1]) for y in bases]
-        facts: Any = (*tensors, scalings, thresholds, counts, seeds, compute_dtype, bases, streams)
+        numbers = spec.scalings, spec.thresholds, spec.counts
+        facts: Any = (*tensors, *numbers, seeds, compute_dtype, bases, streams)
         ys, _ = _lora_linear_reference.forward(x2, *facts)
         return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(spec, x, *flat)  # type: ignore[no-untyped-call]

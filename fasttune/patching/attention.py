@@ -113,8 +113,11 @@ def _forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any
         _running.records.pop()
     if record.calls == calls:
         state.note_fallback(record, _NOTHING_OF_OURS)
-    elif record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small:
-        guard.remember_small(record, shapes)
+    elif (
+        isinstance(x, Tensor)
+        and record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small
+    ):
+        guard.remember_small(record, x, shapes)
     return output
 
 

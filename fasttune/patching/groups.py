@@ -90,13 +90,15 @@ def fetch(layer: nn.Module, x: Any, describe: Describe) -> Tensor | None:
     waiting = None if siblings is None else siblings.waiting.get(threading.get_ident())
     if waiting is None or layer not in waiting.outputs:
         return None
-    y, expected = waiting.outputs.pop(layer)
+    y, then, versions = waiting.outputs.pop(layer)
     if not waiting.outputs and siblings is not None:
         del siblings.waiting[threading.get_ident()]
     if x is None or waiting.x() is not x or _facts_of_input(x) != waiting.facts:
         return None
     projection = describe(layer, x)
-    if projection is None or not _same(_facts_of(projection), expected):
+    if projection is None or _versions(projection) != versions:
+        return None
+    if projection is not then and not _same(_facts_of(projection), _facts_of(then)):
         return None
     return y
 
@@ -125,7 +127,7 @@ def keep(members: Sequence[Member], x: Tensor, ys: Sequence[Tensor]) -> None:
     siblings.open.add(ys[0], recomputing)
     if len(members) > 1:
         outputs = {
-            member: (y, _facts_of(projection))
+            member: (y, projection, _versions(projection))
             for (member, projection), y in zip(members[1:], ys[1:], strict=True)
         }
         siblings.wait(x, outputs, recomputing)
@@ -135,11 +137,11 @@ def keep(members: Sequence[Member], x: Tensor, ys: Sequence[Tensor]) -> None:
 
 @dataclass
 class _Waiting:
-    """The outputs of one op that wait to be fetched, each with the facts of its member."""
+    """The outputs of one op that wait to be fetched, each with what its member computed."""
 
     x: weakref.ref[Tensor]
     facts: Any  # of the input and the modes
-    outputs: dict[nn.Module, tuple[Tensor, list[Any]]]
+    outputs: dict[nn.Module, tuple[Tensor, LoraProjection, list[int]]]
     recomputed: bool  # inside backward, where a checkpoint stops as soon as it has all it needs
 
 
@@ -248,23 +250,26 @@ def _facts_of_input(x: Any) -> Any:
     return x._version, torch.is_grad_enabled(), _torch.autocast_dtype(x.device.type)
 
 
-def _facts_of(projection: LoraProjection) -> list[Any]:
-    """Everything that the output of a projection depends on but the input."""
-    facts: list[Any] = []
+def _tensors(projection: LoraProjection) -> list[Tensor | None]:
     tensors = [projection.weight, projection.bias]
     for branch in projection.branches:
         tensors += [branch.a, branch.b, branch.bias]
-        facts.append(branch.dropout_p)
         if isinstance(branch.scaling, Tensor):
             tensors.append(branch.scaling)
-        else:
-            facts.append(branch.scaling)
-    for tensor in tensors:
-        if tensor is not None:
-            base = tensor if tensor._base is None else tensor._base  # Conv1D's weight is a view
-            facts += [base, tensor._version]
-        else:
-            facts.append(None)
+    return tensors
+
+
+def _versions(projection: LoraProjection) -> list[int]:
+    """How often each tensor of a projection has been written to."""
+    return [-1 if tensor is None else tensor._version for tensor in _tensors(projection)]
+
+
+def _facts_of(projection: LoraProjection) -> list[Any]:
+    """Everything that the output of a projection depends on but the input and the versions."""
+    facts: list[Any] = [branch.dropout_p for branch in projection.branches]
+    facts += [b.scaling for b in projection.branches if not isinstance(b.scaling, Tensor)]
+    # Conv1D's weight is a view
+    facts += [t if t is None or t._base is None else t._base for t in _tensors(projection)]
     return facts
 
 

@@ -14,6 +14,7 @@ from fasttune.integrations import (
     peft_embedding,
     peft_experts,
     peft_ia3,
+    peft_known,
     peft_linear,
     peft_lowrank,
 )
@@ -93,6 +94,8 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         if fetched is not None:
             state.note_fused(record, state.backend_of(fetched) or record.backend, 0)
             return fetched
+    if plain and (known := _known(layer, x)) is not None:
+        return _fused(layer, x, known)
     reason = _why_original(layer, x, args, kwargs)
     if reason is None and (adapter := peft_dora.adapter_of(layer)) is not None:
         return _fused_dora(layer, x, adapter)
@@ -100,6 +103,7 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         projection = peft_linear.projection(layer, x)
         reason = why_base_output(x, projection.base)
         if reason is None:
+            record.known = peft_known.of(layer, projection)
             return _fused(layer, x, projection)
     if not torch.compiler.is_compiling():
         state.note_fallback(record, reason)
@@ -115,18 +119,36 @@ def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     return ys[0]
 
 
+def _known(layer: Any, x: Any, *, member: bool = False) -> LoraProjection | None:
+    """What the last fused call computed, if this one computes it too: a fast "yes" to all that
+    ``_why_original`` asks, for a call without further arguments.
+    """
+    known = state.of(layer, KIND).known
+    if known is None or peft_linear.why_call(layer, x, (), {}) is not None:
+        return None
+    if not known.holds(layer, x) or _why_not_faster(layer, x, known.projection, member=member):
+        return None
+    found: LoraProjection = known.projection
+    return found
+
+
 def _as_member(layer: Any, x: Any) -> LoraProjection | None:
     """What a layer computes in a group, or None if it computes alone."""
     if peft.hooked(layer):
         return None
-    reason = _why_original(layer, x, (), {})
+    if not torch.compiler.is_compiling() and (known := _known(layer, x, member=True)) is not None:
+        return known
+    reason = _why_original(layer, x, (), {}, member=True)
     if reason is not None and reason.text != peft.NO_ADAPTER:
         return None
     weight = peft.plain_weight(layer)
     if weight is None or peft_dora.adapter_of(layer) is not None:
         return None
     branches = peft_linear.branches(layer) if reason is None else ()
-    return LoraProjection(weight, layer.base_layer.bias, branches)
+    projection = LoraProjection(weight, layer.base_layer.bias, branches)
+    if reason is None:
+        state.of(layer, KIND).known = peft_known.of(layer, projection)
+    return projection
 
 
 def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
@@ -144,11 +166,11 @@ def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
 
 
 def _why_original(
-    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, member: bool = False
 ) -> Reason | None:
     # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
     dora = peft_dora.adapter_of(layer)
-    if dora is None and type(x) is Tensor and lora_too_small(x, layer.out_features):
+    if dora is None and type(x) is Tensor and _too_small(layer, x, member):
         return guard.TOO_SMALL
     reason = peft_linear.why_original(layer, x, args, kwargs)
     if reason is not None:
@@ -157,7 +179,26 @@ def _why_original(
         reason = peft_dora.why_original(layer, dora, x)
         if reason is not None:
             return reason
-    elif lora_not_faster(x, layer.out_features, [b.dropout_p for b in peft_linear.branches(layer)]):
+        missing = fast_backend_missing(x.device.type)
+        return None if missing is None else Reason(missing)
+    branches = peft_linear.branches(layer)
+    return _why_not_faster(layer, x, LoraProjection(None, None, branches), member=member)
+
+
+def _too_small(layer: Any, x: Tensor, member: bool) -> bool:
+    """On a GPU members follow their leader: what a launch more costs the host, they do not."""
+    return not (member and x.is_cuda) and lora_too_small(x, layer.out_features)
+
+
+def _why_not_faster(
+    layer: Any, x: Tensor, projection: LoraProjection, *, member: bool
+) -> Reason | None:
+    """Why PEFT's forward is as fast for a layer that can be fused, or None."""
+    if _too_small(layer, x, member):
+        return guard.TOO_SMALL
+    if x.is_cpu and lora_not_faster(
+        x, layer.out_features, [branch.dropout_p for branch in projection.branches]
+    ):
         return guard.TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)

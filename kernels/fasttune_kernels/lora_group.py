@@ -18,6 +18,7 @@ fit one kernel; `lora_linear` then takes them one by one, as a branch that is le
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
@@ -33,12 +34,14 @@ from .lora_tables import (
     GROUP_BRANCHES,
     GROUP_RANKS,
     arithmetic_of,
+    feature_splits,
     group_down_tile,
     group_input_gradient_tile,
     group_pair_tile,
     group_weight_grad_tile,
     has_tensor_cores,
     rank_block,
+    row_splits,
     up_tile,
 )
 from .partials import sum_group_partials, sum_partials
@@ -285,7 +288,7 @@ def _store_weight_grad(branch, acc, split, k, K, BLOCK_R: tl.constexpr):
     ranks = tl.arange(0, BLOCK_R)
     tl.store(
         out_ptr + split * R + ranks.to(tl.int64)[:, None] * K + k[None, :],
-        acc,
+        acc.to(out_ptr.dtype.element_ty),
         mask=(ranks < R)[:, None] & (k < K)[None, :],
     )
 
@@ -408,24 +411,32 @@ def _packs(
     ranks: Sequence[int],
     rows: int,
     draws: Sequence[Draw] = (),
-) -> list[list[int]]:
+) -> tuple[tuple[int, ...], ...]:
     """Branches with these factors [R, K] or [N, R], split into those that go through one kernel.
 
     Branches of one kernel share the dtype, the dropout and a block of ranks. Packs are of even
     sizes: a kernel is compiled for each size.
     """
-    alike: dict[object, list[int]] = {}
+    kinds = []
     for j, factor in enumerate(factors):
-        kind = (factor.dtype, draws[j]["threshold"] if draws else 0)
         fits = rows > 0 and factor.is_contiguous() and 0 < ranks[j] <= GROUP_RANKS // 2
-        alike.setdefault(kind if fits else j, []).append(j)
+        kinds.append((factor.dtype, draws[j]["threshold"] if draws else 0) if fits else None)
+    return _packs_of(tuple(kinds), tuple(ranks))
+
+
+@functools.lru_cache(maxsize=256)
+def _packs_of(kinds: tuple[object, ...], ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """``kinds``: of each branch what those of one kernel share, None if it goes alone."""
+    alike: dict[object, list[int]] = {}
+    for j, kind in enumerate(kinds):
+        alike.setdefault(j if kind is None else kind, []).append(j)
     packs = []
     for members in alike.values():
         block_r = _block_r([ranks[j] for j in members])
         limit = min(GROUP_BRANCHES, max(GROUP_RANKS // block_r, 1))
         count, size = divide_up(len(members), limit), len(members)
-        packs += [members[i * size // count : (i + 1) * size // count] for i in range(count)]
-    return packs
+        packs += [tuple(members[i * size // count : (i + 1) * size // count]) for i in range(count)]
+    return tuple(packs)
 
 
 def _alone(packs: Sequence[Sequence[int]]) -> bool:
@@ -439,6 +450,8 @@ def _of(pack: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
 
 def _in_order(packs: Sequence[Sequence[int]], results: Sequence[Sequence[Any]]) -> list[Any]:
     """The results of all packs, branch by branch."""
+    if len(packs) == 1:
+        return list(results[0])
     found = {}
     for pack, items in zip(packs, results, strict=True):
         found.update(zip(pack, items, strict=True))
@@ -481,10 +494,7 @@ def _down(
     arithmetic = arithmetic_of(gpu, x.dtype, a[0].dtype)
     tile = group_down_tile(gpu.capability, arithmetic, threshold > 0)
     programs = divide_up(m, tile.rows)
-    # As for one branch: two programs per multiprocessor, at least 512 features each.
-    splits = min(divide_up(2 * gpu.multiprocessors, programs), 8, max(k // 512, 1))
-    k_per_split = divide_up(divide_up(k, splits), tile.columns) * tile.columns
-    splits = divide_up(k, k_per_split)
+    splits, k_per_split = feature_splits(gpu, m, k, programs, tile)
     total = x.new_empty(m * sum(ranks), dtype=torch.float32)
     out = total if splits == 1 else x.new_empty((splits, m * sum(ranks)), dtype=torch.float32)
     offsets = [m * sum(ranks[:j]) for j in range(len(ranks))]
@@ -739,11 +749,11 @@ def _weight_grads(
     arithmetic = arithmetic_of(gpu, x.dtype, ds[0].dtype)
     tile = group_weight_grad_tile(gpu.capability, arithmetic, threshold > 0)
     programs = divide_up(k, tile.columns)
-    splits = min(divide_up(2 * gpu.multiprocessors, programs), 16, max(m // 256, 1))
-    rows_per_split = divide_up(divide_up(m, splits), tile.rows) * tile.rows
-    splits = divide_up(m, rows_per_split)
+    splits, rows_per_split = row_splits(gpu, m, k, programs, tile)
     das = [torch.empty_like(factor) for factor in a]
-    parts = [da.new_empty((splits, *da.shape), dtype=torch.float32) for da in das]
+    parts = das
+    if splits > 1:
+        parts = [da.new_empty((splits, *da.shape), dtype=torch.float32) for da in das]
     with launch_device(x):
         launch(
             _lora_weight_grad_group_kernel,
@@ -767,5 +777,6 @@ def _weight_grads(
             maxnreg=MAX_REGISTERS,
             enable_fp_fusion=True,
         )
-        sum_group_partials([*zip(parts, das, strict=True)])
+        if splits > 1:
+            sum_group_partials([*zip(parts, das, strict=True)])
     return das

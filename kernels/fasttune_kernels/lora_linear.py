@@ -27,9 +27,11 @@ from .launch import launch
 from .lora_tables import (
     arithmetic_of,
     down_tile,
+    feature_splits,
     has_tensor_cores,
     pair_tile,
     rank_block,
+    row_splits,
     up_block_r,
     up_tile,
     weight_grad_tile,
@@ -349,10 +351,7 @@ def _down(
     arithmetic = arithmetic_of(gpu, x.dtype, a.dtype)
     tile = down_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(m, tile.rows) * divide_up(r, block_r)
-    # Two programs per multiprocessor; a split shorter than 512 features costs more than it fills.
-    splits = min(divide_up(2 * gpu.multiprocessors, programs), 8, max(k // 512, 1))
-    k_per_split = divide_up(divide_up(k, splits), tile.columns) * tile.columns
-    splits = divide_up(k, k_per_split)
+    splits, k_per_split = feature_splits(gpu, m, k, programs, tile)
     out = t if splits == 1 else x.new_empty((splits, m, r), dtype=torch.float32)
     with launch_device(x):
         launch(
@@ -464,10 +463,7 @@ def _weight_grad(
     arithmetic = arithmetic_of(gpu, x.dtype, d.dtype)
     tile = weight_grad_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(k, tile.columns) * divide_up(r, block_r)
-    # As in `_down`: fill the multiprocessors twice, with at least 256 rows per program.
-    splits = min(divide_up(2 * gpu.multiprocessors, programs), 16, max(m // 256, 1))
-    rows_per_split = divide_up(divide_up(m, splits), tile.rows) * tile.rows
-    splits = divide_up(m, rows_per_split)
+    splits, rows_per_split = row_splits(gpu, m, k, programs, tile)
     # The partial sums repeat the memory order of `out`, so that adding them is element by element.
     partial = out if splits == 1 else out.new_empty((splits, r * k), dtype=torch.float32)
     with launch_device(x):

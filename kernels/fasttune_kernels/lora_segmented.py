@@ -50,6 +50,7 @@ from .lora_segments import (
 from .lora_tables import (
     SEGMENTED_UP_BLOCK_R,
     arithmetic_of,
+    feature_splits,
     has_tensor_cores,
     rank_block,
     segmented_down_tile,
@@ -354,10 +355,7 @@ def down(
         gpu.capability, arithmetic_of(gpu, x.dtype, dtype), block_r, seed is not None
     )
     table = batch.tiles(tile.rows, block_r).table
-    # As for one branch: two programs per multiprocessor, at least 512 features each.
-    splits = min(divide_up(2 * gpu.multiprocessors, len(table)), 8, max(k // 512, 1))
-    k_per_split = divide_up(divide_up(k, splits), tile.columns) * tile.columns
-    splits = divide_up(k, k_per_split)
+    splits, k_per_split = feature_splits(gpu, x.shape[0], k, len(table), tile)
     total = batch.offsets[-1]
     t = x.new_empty(total, dtype=torch.float32)
     out = t if splits == 1 else x.new_empty((splits, total), dtype=torch.float32)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .tables import Gpu, Tile, next_power_of_2
+from .tables import Gpu, Tile, divide_up, next_power_of_2
 
 # Ranks above this are cut into chunks: a wider tile spills or exceeds 99 KB of shared memory.
 MAX_BLOCK_R = 128
@@ -189,6 +189,34 @@ def group_input_gradient_tile(
         rows = 32 if dropout and capability >= 120 else 64  # 64 rows spill 16 bytes there
         return Tile(rows, 64 if dropout else 128, 4, 2)
     return Tile(32, 64, 4, 2) if arithmetic == "fma" else Tile(32, 128, 8, 2)
+
+
+# Reductions: a sum is split until two programs a multiprocessor run, but no further than a part is
+# worth its share of the second pass. That pass is a launch of its own, and below this size of the
+# wide operand the host takes longer to launch it than the GPU gains.
+_SPLIT_FROM = 1 << 23
+
+
+def feature_splits(gpu: Gpu, m: int, k: int, programs: int, tile: Tile) -> tuple[int, int]:
+    """How many parts a sum over K features has, and the features of each, in multiples of a
+    tile's columns.
+    """
+    least = 512 if m * k >= _SPLIT_FROM else 4096
+    return _splits(gpu, k, programs, tile.columns, most=8, least=least)
+
+
+def row_splits(gpu: Gpu, m: int, k: int, programs: int, tile: Tile) -> tuple[int, int]:
+    """The same of a sum over M rows, in multiples of a tile's rows."""
+    least = 256 if m * k >= _SPLIT_FROM else 2048
+    return _splits(gpu, m, programs, tile.rows, most=16, least=least)
+
+
+def _splits(
+    gpu: Gpu, size: int, programs: int, block: int, *, most: int, least: int
+) -> tuple[int, int]:
+    splits = min(divide_up(2 * gpu.multiprocessors, programs), most, max(size // least, 1))
+    each = divide_up(divide_up(size, splits), block) * block
+    return divide_up(size, each), each
 
 
 # Segments: tile, rows and ranks are read from tables, which costs registers: as for one branch, but

@@ -392,7 +392,7 @@ def test_outputs_that_nobody_fetches_are_let_go() -> None:
     assert not waiting  # all were fetched
     parent.used = "q"
     y = checkpoint(patched, make_x(), use_reentrant=False)
-    kept = [weakref.ref(y) for y, _ in waiting[threading.get_ident()].outputs.values()]
+    kept = [weakref.ref(y) for y, *_ in waiting[threading.get_ident()].outputs.values()]
     assert len(kept) == 2
     y.sum().backward()  # the recomputation leaves two more
     assert not waiting and all(ref() is None for ref in kept)
