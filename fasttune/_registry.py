@@ -96,6 +96,8 @@ def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     """Implementations choose every dtype themselves: autocast must not cast inside them."""
 
     def wrapped(*args: Any) -> Any:
+        if not _torch.any_autocast():
+            return run(*args)
         device_type = _device_type(args)
         if _torch.autocast_dtype(device_type) is None:
             return run(*args)

@@ -81,8 +81,15 @@ def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
     return all(t is None or type(t) in _PLAIN_TYPES for t in tensors)
 
 
+def any_autocast() -> bool:
+    """True within autocast of any device."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The autocast dtype in force for ``device_type``, or None outside autocast."""
+    if not any_autocast():
+        return None
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None
     if not torch.is_autocast_enabled(device_type):

@@ -39,7 +39,8 @@ def output_shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if y.shape == shape:
         return y
-    if y.is_contiguous() and y._base is None and not torch.compiler.is_compiling():
+    own = y.is_contiguous() and y._base is None and not y.requires_grad
+    if own and not torch.compiler.is_compiling():
         return y.resize_(shape)  # of as many elements: half the time of the operator below
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
     return shaped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttune.ops import _support
@@ -25,14 +24,6 @@ def as_rows(x: Tensor) -> Tensor:
 def dense(vector: Tensor | None) -> Tensor | None:
     """vector [H] with unit stride, as the kernels take it."""
     return None if vector is None else vector.contiguous()
-
-
-def shaped(y: Tensor, shape: torch.Size) -> Tensor:
-    """y [M, H] in another shape, and no view: `y *= s` must work on what a Function returns."""
-    if y.shape == shape:
-        return y
-    result: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
-    return result
 
 
 def cpu_supports(*args: Any) -> str | None:

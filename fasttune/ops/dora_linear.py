@@ -33,7 +33,13 @@ from torch import Tensor
 
 from fasttune import _registry, _torch
 from fasttune.ops import _dora_linear_reference, _dropout, _gemm, _recipe
-from fasttune.ops._arguments import accumulator, check_float, check_shape, rows_first
+from fasttune.ops._arguments import (
+    accumulator,
+    check_float,
+    check_shape,
+    output_shaped,
+    rows_first,
+)
 from fasttune.ops._dora_linear_backends import BACKWARD, FORWARD
 
 _X = 0  # position of x among the tensor inputs
@@ -110,9 +116,7 @@ class _DoraLinear(torch.autograd.Function):
             needs,
             None if bias is None else bias.dtype,
         )
-        shape = (*x.shape[:-1], y.shape[-1])
-        result: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
-        return result
+        return output_shaped(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @_torch.first_order_only

@@ -36,8 +36,9 @@ from torch import Tensor
 
 from fasttune import _registry, _torch
 from fasttune.ops import _layer_norm_reference, _recipe
+from fasttune.ops._arguments import output_shaped
 from fasttune.ops._layer_norm_backends import ADD_FORWARD, BACKWARD, FORWARD
-from fasttune.ops._norms import as_rows, shaped, validate
+from fasttune.ops._norms import as_rows, validate
 
 _Facts = tuple[float, float]  # eps and weight_offset
 
@@ -61,14 +62,14 @@ class _LayerNorm(_recipe.Producer, torch.autograd.Function):
         ctx.saved_bytes = x.numel() * x.element_size() + 2 * rstd.numel() * rstd.element_size()
         ctx.facts, ctx.needs = facts, ctx.needs_input_grad[:3]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return shaped(y, x.shape)
+        return output_shaped(y, x.shape)
 
     @staticmethod
     def rebuild(node: Any, saved: tuple[Tensor, ...]) -> Tensor:
         x, weight, bias, _, _ = saved
         args = (as_rows(x), weight, bias, *node.facts, x.dtype)
         y, _, _ = _recipe.forward_again(node, FORWARD, *args)
-        return shaped(y, x.shape)
+        return output_shaped(y, x.shape)
 
     @staticmethod
     @_torch.first_order_only
@@ -96,14 +97,14 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.backend = None if dispatched else ADD_FORWARD.select(*args)
         run = ADD_FORWARD.registered if ctx.backend is None else ctx.backend.run
         y, s, mean, rstd = run(*args)
-        s = shaped(s, x.shape)
+        s = output_shaped(s, x.shape)
         ctx.save_for_backward(s, weight, mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.saved_bytes = s.numel() * s.element_size() + 2 * rstd.numel() * rstd.element_size()
         ctx.facts, ctx.needs = facts, ctx.needs_input_grad[:4]
         ctx.residual_dtype = residual.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return shaped(y, x.shape), s
+        return output_shaped(y, x.shape), s
 
     @staticmethod
     @_torch.first_order_only
@@ -141,7 +142,7 @@ def _gradients(
         as_rows(dy), as_rows(x), weight, mean, rstd, added, ctx.facts[1], need_dx, need_dweight,
         need_dbias,
     )  # fmt: skip
-    dx = shaped(grads[0], x.shape) if need_dx else None
+    dx = output_shaped(grads[0], x.shape) if need_dx else None
     dbias = grads[-1].to(ctx.bias_dtype) if need_dbias else None
     dweight = None
     if need_dweight and weight is not None:

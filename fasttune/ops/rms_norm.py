@@ -36,7 +36,8 @@ from torch import Tensor
 
 from fasttune import _registry, _torch
 from fasttune.ops import _recipe, _rms_norm_reference
-from fasttune.ops._norms import as_rows, shaped, validate
+from fasttune.ops._arguments import output_shaped
+from fasttune.ops._norms import as_rows, validate
 from fasttune.ops._rms_norm_backends import ADD_FORWARD, BACKWARD, FORWARD
 
 # eps, weight_offset, round_first and the dtype of y
@@ -57,13 +58,13 @@ class _RmsNorm(_recipe.Producer, torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.saved_bytes = x.numel() * x.element_size() + rstd.numel() * rstd.element_size()
         ctx.facts, ctx.needs = facts, ctx.needs_input_grad[:2]
-        return shaped(y, x.shape)
+        return output_shaped(y, x.shape)
 
     @staticmethod
     def rebuild(node: Any, saved: tuple[Tensor, ...]) -> Tensor:
         x, weight, _ = saved
         y, _ = _recipe.forward_again(node, FORWARD, as_rows(x), weight, *node.facts)
-        return shaped(y, x.shape)
+        return output_shaped(y, x.shape)
 
     @staticmethod
     @_torch.first_order_only
@@ -86,13 +87,13 @@ class _AddRmsNorm(torch.autograd.Function):
         ctx.backend = None if dispatched else ADD_FORWARD.select(*args)
         run = ADD_FORWARD.registered if ctx.backend is None else ctx.backend.run
         y, s, rstd = run(*args)
-        s = shaped(s, x.shape)
+        s = output_shaped(s, x.shape)
         ctx.save_for_backward(s, weight, rstd)
         ctx.set_materialize_grads(False)
         ctx.saved_bytes = s.numel() * s.element_size() + rstd.numel() * rstd.element_size()
         ctx.facts, ctx.needs = facts, ctx.needs_input_grad[:3]
         ctx.residual_dtype = residual.dtype
-        return shaped(y, x.shape), s
+        return output_shaped(y, x.shape), s
 
     @staticmethod
     @_torch.first_order_only
@@ -125,7 +126,7 @@ def _gradients(
     run = BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
     added = as_rows(addend) if addend is not None and need_dx else None
     grads = run(as_rows(dy), as_rows(x), weight, rstd, added, ctx.facts[1], need_dx, need_dweight)
-    dx = shaped(grads[0], x.shape) if need_dx else None
+    dx = output_shaped(grads[0], x.shape) if need_dx else None
     dweight = grads[-1].to(weight.dtype) if need_dweight and weight is not None else None
     return dx, dweight
 

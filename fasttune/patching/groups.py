@@ -103,15 +103,20 @@ def fetch(layer: nn.Module, x: Any, describe: Describe) -> Tensor | None:
     return y
 
 
-def gather(layer: nn.Module, x: Tensor, own: LoraProjection, describe: Describe) -> list[Member]:
-    """Who is computed now, ``layer`` first, and what each computes."""
+def gather(
+    layer: nn.Module, x: Tensor, own: LoraProjection, describe: Describe, *, alone: bool
+) -> list[Member]:
+    """Who is computed now, ``layer`` first, and what each computes.
+
+    ``alone``: the layer leads no group.
+    """
     siblings = _siblings.get(layer)
     if siblings is None or x.is_inference():
         return [(layer, own)]
     if not _torch.inside_backward() and siblings.open.none():
         siblings.settle()
     others = siblings.group_of(layer)[1:]
-    if not others or describe(layer, x) is None:
+    if not others or alone:
         return [(layer, own)]
     described = [(member, describe(member, x)) for member in others]
     return [(layer, own), *((m, p) for m, p in described if p is not None)]

@@ -112,7 +112,8 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
 
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
-    members = groups.gather(layer, x, projection, _as_member)
+    alone = projection.weight is None or peft.hooked(layer)
+    members = groups.gather(layer, x, projection, _as_member, alone=alone)
     ys = apply_group(x, [own for _, own in members], compute_dtype)
     groups.keep(members, x, ys)
     state.note_output(state.of(layer, KIND), ys[0])

@@ -61,9 +61,14 @@ def gpu_of(tensor: Tensor) -> Gpu:
 _HERE = contextlib.nullcontext()
 
 
+@functools.cache
+def _one_gpu() -> bool:
+    return torch.cuda.device_count() == 1
+
+
 def launch_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: make that the device of `tensor`."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+    if not tensor.is_cuda or _one_gpu() or tensor.get_device() == torch.cuda.current_device():
         return _HERE  # entering a device costs as much as a small launch
     return torch.cuda.device(tensor.device)
 

@@ -20,6 +20,9 @@ def test_torch() -> None:
     assert torch._C._current_graph_task_id() == -1
     assert callable(torch._C._functorch.peek_interpreter_stack)
     assert callable(torch._C._autograd._profiler_enabled)
+    assert not _torch.any_autocast()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _torch.any_autocast()
     assert callable(torch_module._has_any_global_hook)
     assert callable(torch.cpu._is_amx_tile_supported)
     assert callable(torch._assert_async)
