@@ -17,7 +17,7 @@ from fasttune.ops.lora_linear import LoraBranch
 
 @dataclass(frozen=True)
 class Limits:
-    """The smallest calls that the fused path is not slower for, in elements; on the CPU but two.
+    """The smallest calls that the fused path is not slower for, in elements; on the CPU but one.
 
     Measured per module, forward and backward (bench/results, small inputs): what a fused call
     saves grows with the input, its fixed cost does not.
@@ -27,8 +27,6 @@ class Limits:
         lora_16bit, lora_fp32, lora_autocast: the same without dropout, where PEFT runs few
             kernels. The branch stays in the adapter's dtype under autocast, where torch rounds it
             to 16 bits: least is gained there.
-        lora_cuda: inputs and outputs of a LoRA layer on a GPU, of the leader for a group. Below it
-            the host takes longer to launch our kernels than the GPU takes to run PEFT's.
         lora_embedding: output of a LoRA embedding and factors A, whose gradients are dense.
         kernels: input of a norm that is several kernels of torch.
         one_kernel: input of a module that is one kernel of torch already.
@@ -51,7 +49,6 @@ class Limits:
     lora_16bit: int = 1 << 19
     lora_fp32: int = 1 << 20
     lora_autocast: int = 1 << 21
-    lora_cuda: int = 0
     lora_embedding: int = 1 << 18
     kernels: int = 1 << 15
     one_kernel: int = 1 << 18
@@ -85,8 +82,7 @@ def no_limits() -> Iterator[None]:
 
 def lora_too_small(x: Tensor, outputs: int) -> bool:
     """True if PEFT's own forward is faster, dropout or not; cheap enough to ask first."""
-    limit = limits.lora_dropout if x.is_cpu else limits.lora_cuda if x.is_cuda else 0
-    if _elements(x, outputs) >= limit:
+    if not x.is_cpu or _elements(x, outputs) >= limits.lora_dropout:
         return False
     return _registry.forced_backend() is None
 

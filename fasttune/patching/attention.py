@@ -113,11 +113,8 @@ def _forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any
         _running.records.pop()
     if record.calls == calls:
         state.note_fallback(record, _NOTHING_OF_OURS)
-    elif (
-        isinstance(x, Tensor)
-        and record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small
-    ):
-        guard.remember_small(record, x, shapes)
+    elif record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small:
+        guard.remember_small(record, shapes)
     return output
 
 

@@ -37,14 +37,14 @@ def is_small(record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts
     if small is None or x.numel() > small[0] or not _holds(small, x):
         if not ask(x, *facts):
             return False
-        remember_small(record, x, x.numel())
+        remember_small(record, x.numel())
     record.fallbacks[TOO_SMALL.text] += 1
     return True
 
 
-def remember_small(record: state.ModuleState, x: Tensor, size: Any) -> None:
+def remember_small(record: state.ModuleState, size: Any) -> None:
     """Inputs of this size (their elements, their shape, as the kind counts) are too small."""
-    record.small = size, policy.limits, x.device.type
+    record.small = size, policy.limits
 
 
 def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
@@ -56,11 +56,9 @@ def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
     return True
 
 
-def _holds(small: tuple[Any, policy.Limits, str], x: Tensor) -> bool:
-    """Whether what was small on a device still is: tests and verify change the limits."""
-    if small[1] is not policy.limits or _registry.forced_backend() is not None:
-        return False
-    return x.is_cpu if small[2] == "cpu" else x.device.type == small[2]
+def _holds(small: tuple[Any, policy.Limits], x: Tensor) -> bool:
+    """Whether what was small for a CPU still is: tests and verify change the limits."""
+    return small[1] is policy.limits and x.is_cpu and _registry.forced_backend() is None
 
 
 def why_original(

@@ -120,14 +120,14 @@ def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     return ys[0]
 
 
-def _known(layer: Any, x: Any, *, member: bool = False) -> LoraProjection | None:
+def _known(layer: Any, x: Any) -> LoraProjection | None:
     """What the last fused call computed, if this one computes it too: a fast "yes" to all that
     ``_why_original`` asks, for a call without further arguments.
     """
     known = state.of(layer, KIND).known
     if known is None or peft_linear.why_call(layer, x, (), {}) is not None:
         return None
-    if not known.holds(layer, x) or _why_not_faster(layer, x, known.projection, member=member):
+    if not known.holds(layer, x) or _why_not_faster(layer, x, known.projection):
         return None
     found: LoraProjection = known.projection
     return found
@@ -137,9 +137,9 @@ def _as_member(layer: Any, x: Any) -> LoraProjection | None:
     """What a layer computes in a group, or None if it computes alone."""
     if peft.hooked(layer):
         return None
-    if not torch.compiler.is_compiling() and (known := _known(layer, x, member=True)) is not None:
+    if not torch.compiler.is_compiling() and (known := _known(layer, x)) is not None:
         return known
-    reason = _why_original(layer, x, (), {}, member=True)
+    reason = _why_original(layer, x, (), {})
     if reason is not None and reason.text != peft.NO_ADAPTER:
         return None
     weight = peft.plain_weight(layer)
@@ -167,11 +167,11 @@ def _fused_dora(layer: Any, x: Tensor, adapter: str) -> Tensor:
 
 
 def _why_original(
-    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, member: bool = False
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
     # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
     dora = peft_dora.adapter_of(layer)
-    if dora is None and type(x) is Tensor and _too_small(layer, x, member):
+    if dora is None and type(x) is Tensor and lora_too_small(x, layer.out_features):
         return guard.TOO_SMALL
     reason = peft_linear.why_original(layer, x, args, kwargs)
     if reason is not None:
@@ -183,19 +183,12 @@ def _why_original(
         missing = fast_backend_missing(x.device.type)
         return None if missing is None else Reason(missing)
     branches = peft_linear.branches(layer)
-    return _why_not_faster(layer, x, LoraProjection(None, None, branches), member=member)
+    return _why_not_faster(layer, x, LoraProjection(None, None, branches))
 
 
-def _too_small(layer: Any, x: Tensor, member: bool) -> bool:
-    """On a GPU members follow their leader: what a launch more costs the host, they do not."""
-    return not (member and x.is_cuda) and lora_too_small(x, layer.out_features)
-
-
-def _why_not_faster(
-    layer: Any, x: Tensor, projection: LoraProjection, *, member: bool
-) -> Reason | None:
+def _why_not_faster(layer: Any, x: Tensor, projection: LoraProjection) -> Reason | None:
     """Why PEFT's forward is as fast for a layer that can be fused, or None."""
-    if _too_small(layer, x, member):
+    if lora_too_small(x, layer.out_features):
         return guard.TOO_SMALL
     if x.is_cpu and lora_not_faster(
         x, layer.out_features, [branch.dropout_p for branch in projection.branches]

@@ -112,7 +112,7 @@ def _adapter_names(
 
 
 def _why_not_faster(x: Tensor, outputs: int) -> Reason | None:
-    if x.is_cpu and lora_too_small(x, outputs):  # on a GPU PEFT launches for every adapter
+    if lora_too_small(x, outputs):
         return guard.TOO_SMALL
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)

@@ -494,7 +494,7 @@ def _down(
     arithmetic = arithmetic_of(gpu, x.dtype, a[0].dtype)
     tile = group_down_tile(gpu.capability, arithmetic, threshold > 0)
     programs = divide_up(m, tile.rows)
-    splits, k_per_split = feature_splits(gpu, m, k, programs, tile)
+    splits, k_per_split = feature_splits(gpu, k, programs, tile)
     total = x.new_empty(m * sum(ranks), dtype=torch.float32)
     out = total if splits == 1 else x.new_empty((splits, m * sum(ranks)), dtype=torch.float32)
     offsets = [m * sum(ranks[:j]) for j in range(len(ranks))]
@@ -749,7 +749,7 @@ def _weight_grads(
     arithmetic = arithmetic_of(gpu, x.dtype, ds[0].dtype)
     tile = group_weight_grad_tile(gpu.capability, arithmetic, threshold > 0)
     programs = divide_up(k, tile.columns)
-    splits, rows_per_split = row_splits(gpu, m, k, programs, tile)
+    splits, rows_per_split = row_splits(gpu, m, programs, tile)
     das = [torch.empty_like(factor) for factor in a]
     parts = das
     if splits > 1:

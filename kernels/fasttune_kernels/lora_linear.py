@@ -351,7 +351,7 @@ def _down(
     arithmetic = arithmetic_of(gpu, x.dtype, a.dtype)
     tile = down_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(m, tile.rows) * divide_up(r, block_r)
-    splits, k_per_split = feature_splits(gpu, m, k, programs, tile)
+    splits, k_per_split = feature_splits(gpu, k, programs, tile)
     out = t if splits == 1 else x.new_empty((splits, m, r), dtype=torch.float32)
     with launch_device(x):
         launch(
@@ -463,7 +463,7 @@ def _weight_grad(
     arithmetic = arithmetic_of(gpu, x.dtype, d.dtype)
     tile = weight_grad_tile(gpu.capability, arithmetic, block_r, threshold > 0)
     programs = divide_up(k, tile.columns) * divide_up(r, block_r)
-    splits, rows_per_split = row_splits(gpu, m, k, programs, tile)
+    splits, rows_per_split = row_splits(gpu, m, programs, tile)
     # The partial sums repeat the memory order of `out`, so that adding them is element by element.
     partial = out if splits == 1 else out.new_empty((splits, r * k), dtype=torch.float32)
     with launch_device(x):

@@ -355,7 +355,7 @@ def down(
         gpu.capability, arithmetic_of(gpu, x.dtype, dtype), block_r, seed is not None
     )
     table = batch.tiles(tile.rows, block_r).table
-    splits, k_per_split = feature_splits(gpu, x.shape[0], k, len(table), tile)
+    splits, k_per_split = feature_splits(gpu, k, len(table), tile)
     total = batch.offsets[-1]
     t = x.new_empty(total, dtype=torch.float32)
     out = t if splits == 1 else x.new_empty((splits, total), dtype=torch.float32)

@@ -65,7 +65,7 @@ def test_what_was_small_is_forgotten_where_the_limits_change(
 
 def test_a_size_is_compared_as_it_was_given(record: ModuleState):
     x = torch.zeros(2, 3)
-    guard.remember_small(record, x, x.shape)
+    guard.remember_small(record, x.shape)
     assert guard.was_small(record, x, x.shape)
     assert not guard.was_small(record, x, x.t().shape)
     assert record.fallbacks == {guard.TOO_SMALL.text: 1}
