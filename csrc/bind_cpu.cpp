@@ -130,6 +130,12 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "transpose",
+      [](const Matrix& src, uintptr_t dst, int64_t stride, int threads) {
+        kernels().transpose(src, pointer<float>(dst), stride, threads);
+      },
+      release());
+  m.def(
       "lora_reduce",
       [](const Matrix& x, uintptr_t panel, int64_t rank, float scale, const Dropout& dropout,
          uintptr_t out, int threads) {

@@ -164,6 +164,9 @@ struct Kernels {
   // dst = src, rounded to nearest even.
   void (*convert)(const Matrix& src, const MutableMatrix& dst, int threads);
 
+  // dst [N, stride] fp32 = src^T of src [M, N], with zeros in the columns from M on.
+  void (*transpose)(const Matrix& src, float* dst, int64_t stride, int threads);
+
   // out [M, R] fp32 = scale * (x * keep) panel, with panel [K, padded_rank(R)] fp32, zero padded.
   void (*lora_reduce)(const Matrix& x, const float* panel, int64_t rank, float scale,
                       const Dropout& dropout, float* out, int threads);

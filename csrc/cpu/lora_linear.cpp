@@ -204,6 +204,33 @@ void convert(const Matrix& src, const MutableMatrix& dst, int threads) {
   });
 }
 
+void transpose(const Matrix& src, float* dst, int64_t stride, int threads) {
+  const int64_t bands = (stride + kLanes - 1) / kLanes, blocks = (src.cols + kLanes - 1) / kLanes;
+  with_element(src.dtype, [&](auto element) {
+    using E = decltype(element);
+#pragma omp parallel for num_threads(team(threads, src.cols* stride / 16384)) schedule(static)
+    for (int64_t item = 0; item < bands * blocks; ++item) {
+      const int64_t top = item / blocks * kLanes, left = item % blocks * kLanes;
+      const int64_t rows = std::min<int64_t>(kLanes, src.rows - top);
+      const int64_t cols = std::min<int64_t>(kLanes, src.cols - left);
+      const int64_t width = std::min<int64_t>(kLanes, stride - top);
+      alignas(64) float block[kLanes][kLanes] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* in =
+            static_cast<const typename E::type*>(src.data) + (top + r) * src.stride + left;
+        if (cols == kLanes)
+          store(block[r], E::load(in));
+        else
+          for (int64_t c = 0; c < cols; ++c) block[r][c] = E::load_one(in + c);
+      }
+      for (int64_t c = 0; c < cols; ++c) {
+        float* out = dst + (left + c) * stride + top;
+        for (int64_t r = 0; r < width; ++r) out[r] = block[r][c];
+      }
+    }
+  });
+}
+
 void lora_reduce(const Matrix& x, const float* panel, int64_t rank, float scale,
                  const Dropout& dropout, float* out, int threads) {
   const int64_t blocks = (x.rows + kRowBlock - 1) / kRowBlock;

@@ -6,6 +6,7 @@
 namespace fasttune::cpu::FASTTUNE_ISA {
 
 void convert(const Matrix& src, const MutableMatrix& dst, int threads);
+void transpose(const Matrix& src, float* dst, int64_t stride, int threads);
 void lora_reduce(const Matrix& x, const float* panel, int64_t rank, float scale,
                  const Dropout& dropout, float* out, int threads);
 void lora_outer(const Matrix& x, const float* t, int64_t rank, const Dropout& dropout,

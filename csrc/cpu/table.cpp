@@ -19,6 +19,7 @@ namespace fasttune::cpu::FASTTUNE_ISA {
 const Kernels& table() {
   static const Kernels kernels{FASTTUNE_STRINGIFY(FASTTUNE_ISA),
                                convert,
+                               transpose,
                                lora_reduce,
                                lora_outer,
                                drop,
