@@ -81,10 +81,11 @@ def threads() -> int:
 
 
 def matrix(x: Tensor, *, mutable: bool = False) -> Any:
-    if x.dim() != 2 or (x.numel() and x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"expected a matrix with unit column stride, got {x.shape}, {x.stride()}")
+    shape, strides = x.shape, x.stride()
+    if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1 and shape[0]):
+        raise ValueError(f"expected a matrix with unit column stride, got {shape}, {strides}")
     kind = cpu().MutableMatrix if mutable else cpu().Matrix
-    return kind(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPE_CODES[x.dtype])
+    return kind(x.data_ptr(), shape[0], shape[1], strides[0], DTYPE_CODES[x.dtype])
 
 
 def fp32(x: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def lora_down_backward(
     dx_dtype: torch.dtype,
     need_dx: bool,
     need_da: bool,
-    addend: Tensor | None = None,  # [M, K] fp32
+    addend: Tensor | None = None,  # [M, K], fp32 or of `dx_dtype`
     out: Tensor | None = None,  # [M, K]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx0 [M, K] = addend + keep * (d A), written into ``out`` if given, da [R, K] = d^T (x *

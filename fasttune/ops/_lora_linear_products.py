@@ -313,7 +313,8 @@ def _input_side(
     """dx and every dA.
 
     Through fp32, the sum travels in an fp32 addend and only the last branch rounds. With vendor
-    products the branches are written first and addmm adds dy W on top, which hides a read of dx.
+    products the branches are written first, in C++ each onto the sum of those before it, and addmm
+    adds dy W on top, which hides a read of dx.
     """
     products = _with_weights(dys, weights)
     first = first_given(dys)
@@ -341,10 +342,10 @@ def _input_side(
             dx_dtype=dtype if rounds else torch.float32,
             need_dx=need.x,
             need_da=need.a[j],
-            **({"addend": total} if fp32 else {}),
+            **({"addend": total} if prims is _native else {}),
         )
         if part is not None:
-            total = part if fp32 or total is None else total.add_(part)
+            total = part if prims is _native or total is None else total.add_(part)
     if not need.x:
         return None, das
     if fp32:
