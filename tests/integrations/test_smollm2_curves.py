@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from fasttune.demo.options import DemoError, DemoOptions
 
 pytestmark = pytest.mark.slow
 STEPS, BATCH = 50, 4
+FP32_STEPS = 20
+Curve = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +36,22 @@ def batches() -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def base() -> nn.Module:
-    model: nn.Module = load_model(find_model(None), dtype="bfloat16", device="cpu")
-    return model
+def curve(batches: list[dict[str, Tensor]]) -> Curve:
+    """``curve(dtype, dropout=, seed=, patched=, steps=)``: losses; each is computed once."""
+    bases: dict[str, nn.Module] = {}
+
+    @functools.cache
+    def losses(
+        dtype: str, *, dropout: float, seed: int, patched: bool, steps: int = STEPS
+    ) -> Tensor:
+        if dtype not in bases:
+            bases[dtype] = load_model(find_model(None), dtype=dtype, device="cpu")
+        return train(bases[dtype], batches[:steps], dropout=dropout, seed=seed, patched=patched)
+
+    return losses
 
 
-def curve(
+def train(
     base: nn.Module, batches: list[dict[str, Tensor]], *, dropout: float, seed: int, patched: bool
 ) -> Tensor:
     """The loss of each step of a fresh adapter; the base model is as before afterwards."""
@@ -61,19 +76,43 @@ def curve(
     return torch.stack(losses)
 
 
-def test_without_dropout_every_step_is_within_one_percent(base, batches):
-    stock = curve(base, batches, dropout=0.0, seed=1, patched=False)
-    ours = curve(base, batches, dropout=0.0, seed=1, patched=True)
+def distance(a: Tensor, b: Tensor) -> float:
+    """The mean difference of the losses of a step."""
+    return float((a - b).abs().mean())
+
+
+def test_without_dropout_every_step_is_within_one_percent(curve: Curve) -> None:
+    stock = curve("bfloat16", dropout=0.0, seed=1, patched=False)
+    ours = curve("bfloat16", dropout=0.0, seed=1, patched=True)
     deviation = ((ours - stock).abs() / stock).max()
     print(f"largest relative deviation of a step's loss: {float(deviation):.2e}")
     assert float(deviation) <= 1e-2
     assert float(ours[-10:].mean()) < float(ours[:10].mean())
 
 
-def test_with_dropout_it_differs_no_more_than_three_stock_seeds(base, batches):
-    stock = [curve(base, batches, dropout=0.05, seed=seed, patched=False) for seed in range(3)]
-    ours = curve(base, batches, dropout=0.05, seed=0, patched=True)
-    between = max(float((a - b).abs().mean()) for a in stock for b in stock)
-    distance = sum(float((ours - other).abs().mean()) for other in stock) / 3
-    print(f"mean distance: to stock {distance:.4f}, between stock seeds at most {between:.4f}")
-    assert distance <= between
+def test_with_dropout_it_differs_no_more_than_three_stock_seeds(curve: Curve) -> None:
+    """In fp32. In bf16 the rounding of stock alone moves its curve as far as another seed does (the
+    next test prints it), so that there the distance says nothing about masks.
+    """
+    options = {"dropout": 0.05, "steps": FP32_STEPS}
+    stock = [curve("float32", seed=seed, patched=False, **options) for seed in range(3)]
+    ours = curve("float32", seed=0, patched=True, **options)
+    between = max(distance(a, b) for a in stock for b in stock)
+    found = sum(distance(ours, other) for other in stock) / 3
+    print(f"mean distance: to stock {found:.4f}, between stock seeds at most {between:.4f}")
+    assert found <= between
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_in_bf16_it_is_as_close_to_fp32_as_stock(curve: Curve, dropout: float) -> None:
+    """The masks of a seed are the same in both dtypes, on either side."""
+    seed = 1 if dropout == 0.0 else 0
+    away = {}
+    for patched in (False, True):
+        exact, rounded = (
+            curve(dtype, dropout=dropout, seed=seed, patched=patched)
+            for dtype in ("float32", "bfloat16")
+        )
+        away[patched] = distance(rounded, exact)
+    print(f"mean distance of bf16 from fp32: stock {away[False]:.4f}, ours {away[True]:.4f}")
+    assert away[True] <= away[False]
