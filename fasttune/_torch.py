@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn import Parameter
 
 _PLAIN_TYPES = (Tensor, Parameter)
+_MPS = torch.backends.mps.is_available()
 
 
 # torch.nn.functional.grouped_mm calls it and does not look at its arguments itself.
@@ -83,12 +84,14 @@ def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
 
 def any_autocast() -> bool:
     """True within autocast of any device."""
-    return bool(torch._C._is_any_autocast_enabled())
+    if torch._C._is_any_autocast_enabled():
+        return True
+    return _MPS and torch.is_autocast_enabled("mps")  # which that does not count
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The autocast dtype in force for ``device_type``, or None outside autocast."""
-    if not any_autocast():
+    if device_type in ("cpu", "cuda") and not any_autocast():
         return None
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return None

@@ -81,6 +81,8 @@ def threads() -> int:
 
 
 def matrix(x: Tensor, *, mutable: bool = False) -> Any:
+    if x.is_neg():
+        raise ValueError("expected a tensor without the negative bit")
     shape, strides = x.shape, x.stride()
     if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1 and shape[0]):
         raise ValueError(f"expected a matrix with unit column stride, got {shape}, {strides}")
@@ -89,7 +91,7 @@ def matrix(x: Tensor, *, mutable: bool = False) -> Any:
 
 
 def fp32(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float32).contiguous()
+    return x.detach().to(torch.float32).resolve_neg().contiguous()
 
 
 def convert(src: Tensor, dst: Tensor) -> Tensor:

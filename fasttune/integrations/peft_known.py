@@ -7,9 +7,9 @@ read is kept with where it was read from, and the next call compares.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fasttune import _torch
@@ -19,42 +19,43 @@ from fasttune.ops import LoraProjection
 _ABSENT = object()
 _ATTRIBUTES = ("_modules", "scaling", "cast_input_dtype_enabled", "in_features", "out_features")
 _FLAGS = ("merged_adapters", "lora_variant", "_disable_adapters", "_active_adapter")
-# Of a module: what makes a call of it more than its class's forward (peft.hooked).
-_EXTRAS = ("forward", "_hf_hook", *peft.HOOKS)
+_HOLDERS = ("lora_A", "lora_B", "lora_dropout")
+# In a module's own attributes they hide its class's forward, or a parameter.
+_SHADOWS = ("forward", "_hf_hook", "weight", "bias")
 
 
 class Known:
-    """The projection of a LoRA Linear, valid while :meth:`holds`.
+    """The projection of a LoRA Linear, valid while :meth:`holds`. Refers to the layer weakly: it is
+    kept by the layer.
 
     Attributes:
         projection: as ``peft_linear.projection`` made it, with tensors that were checked.
     """
 
     __slots__ = (
-        "_active", "_adapter_dtypes", "_device", "_dtype", "_features", "_layer", "_modules",
-        "_places", "_tensors", "projection",
+        "_active", "_adapter_dtypes", "_class", "_device", "_dtype", "_features", "_layer",
+        "_modules", "_objects", "_own", "_places", "_tensors", "projection",
     )  # fmt: skip
 
     def __init__(self, layer: Any, projection: LoraProjection, weight: Tensor) -> None:
         self.projection = projection
-        self._layer = layer.__dict__
+        self._layer, self._class = weakref.ref(layer), type(layer)
         self._active = list(layer.active_adapters)
         self._features = layer.in_features
         self._dtype, self._device = weight.dtype, weight.device
         self._adapter_dtypes = {branch.a.dtype for branch in projection.branches}
-        places: list[tuple[dict[str, Any], str, Any]] = []
+        self._own = [(name, layer.__dict__.get(name, _ABSENT)) for name in _ATTRIBUTES]
         base = layer._modules["base_layer"]
-        modules = [base]
-        for attribute in _ATTRIBUTES:
-            places.append((layer.__dict__, attribute, layer.__dict__.get(attribute, _ABSENT)))
-        places.append((layer._modules, "base_layer", base))
-        for holder in ("lora_A", "lora_B", "lora_dropout"):
-            of_adapters = layer._modules[holder]
-            places.append((layer._modules, holder, of_adapters))
-            places.append((of_adapters.__dict__, "_modules", of_adapters._modules))
+        places: list[tuple[dict[str, Any], str, Any]] = [(layer._modules, "base_layer", base)]
+        modules, holders = [base], []
+        for name in _HOLDERS:
+            holder = layer._modules[name]
+            holders.append(holder)
+            places.append((layer._modules, name, holder))
+            places.append((holder.__dict__, "_modules", holder._modules))
             for adapter in self._active:
-                module = of_adapters._modules.get(adapter, _ABSENT)
-                places.append((of_adapters._modules, adapter, module))
+                module = holder._modules.get(adapter, _ABSENT)
+                places.append((holder._modules, adapter, module))
                 if module is not _ABSENT:
                     modules.append(module)
         for adapter in self._active:
@@ -67,64 +68,77 @@ class Known:
                 tensor = parameters.get(name, _ABSENT)
                 places.append((parameters, name, tensor))
                 if isinstance(tensor, Tensor):
-                    tensors.append(
-                        (tensor, type(tensor), tensor.dtype, tensor.device, tensor.shape)
-                    )
+                    facts = type(tensor), tensor.dtype, tensor.device, tensor.shape
+                    tensors.append((tensor, *facts))
             if type(module) is nn.Dropout:
-                places += [
-                    (module.__dict__, key, module.__dict__[key]) for key in ("p", "training")
-                ]
+                own = module.__dict__
+                places += [(own, key, own[key]) for key in ("p", "training")]
         self._places, self._tensors = places, tensors
-        self._modules = [(module, type(module), module.__dict__) for module in modules]
+        self._objects = [(it, type(it), it.__dict__) for it in (*modules, *holders)]
+        self._modules = [module.__dict__ for module in modules]
 
     def holds(self, layer: Any, x: Tensor) -> bool:
         """Whether the layer still computes this projection, and x fits it; reads no attribute of a
         module through ``nn.Module.__getattr__``.
         """
-        own = layer.__dict__
-        if own is not self._layer:  # a replica or a shallow copy has our record too
+        # A replica or a shallow copy has our record too.
+        if self._layer() is not layer or type(layer) is not self._class:
             return False
+        own = layer.__dict__
         if own["merged_adapters"] or own["lora_variant"] or own["_disable_adapters"]:
             return False
         active = own["_active_adapter"]
         if ([active] if isinstance(active, str) else active) != self._active:
             return False
+        for key, value in self._own:
+            if own.get(key, _ABSENT) is not value:
+                return False
         for place, key, value in self._places:
             if place.get(key, _ABSENT) is not value:
                 return False
-        for module, cls, attributes in self._modules:
-            if type(module) is not cls:
+        for it, cls, attributes in self._objects:
+            if type(it) is not cls or it.__dict__ is not attributes:
                 return False
-            for key in _EXTRAS:
-                if attributes.get(key):
+        for attributes in self._modules:
+            for key in _SHADOWS:
+                if key in attributes:
+                    return False
+            for key in peft.HOOKS:
+                if attributes[key]:
                     return False
         for tensor, kind, dtype, device, shape in self._tensors:
             if tensor.dtype is not dtype or type(tensor) is not kind:
                 return False
             if tensor.shape != shape or tensor.device != device:
                 return False
-        return self._fits(x)
+        return self._fits(x, own)
 
-    def _fits(self, x: Tensor) -> bool:
+    def _fits(self, x: Tensor, own: dict[str, Any]) -> bool:
         if x.dim() == 0 or x.shape[-1] != self._features or x.device != self._device:
             return False
         if x.dtype not in peft.FLOATS:
             return False
-        casts = self._layer.get("cast_input_dtype_enabled", True)
+        casts = own.get("cast_input_dtype_enabled", True)
         if x.dtype is self._dtype and (casts or self._adapter_dtypes == {x.dtype}):
             return True
         return _torch.autocast_dtype(x.device.type) is not None
 
 
 def of(layer: Any, projection: LoraProjection) -> Known | None:
-    """What was just read of a layer, or None where comparing would not be enough: an opaque base,
-    a weight that is a view (of other memory once its parameter's ``data`` is set), a scaling
-    tensor.
+    """What was just read of a layer, or None where comparing would not be enough (an opaque base, a
+    weight that is a view, a scaling tensor) or would keep alive what is not the layer's: tensors
+    that ``torch.func.functional_call`` or a sharding put in place for a time.
     """
-    if projection.weight is not layer._modules["base_layer"]._parameters.get("weight"):
+    weight, own = projection.weight, layer.__dict__
+    if weight is None or weight is not layer._modules["base_layer"]._parameters.get("weight"):
         return None
-    if projection.weight is None or any(name not in layer.__dict__ for name in _FLAGS):
+    if any(name not in own for name in _FLAGS):
         return None
-    if any(isinstance(branch.scaling, torch.Tensor) for branch in projection.branches):
+    tensors = [weight, projection.bias]
+    for branch in projection.branches:
+        if isinstance(branch.scaling, Tensor):
+            return None
+        tensors += [branch.a, branch.b, branch.bias]
+    if any(type(tensor) is not nn.Parameter for tensor in tensors if tensor is not None):
         return None
-    return Known(layer, projection, projection.weight)
+    return Known(layer, projection, weight)

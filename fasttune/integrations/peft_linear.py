@@ -127,6 +127,8 @@ def why_factors(
         dropout = layer.lora_dropout[adapter]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return Reason(f"lora_A is {type(down).__name__}, not nn.Linear")
+        if down._parameters.get("bias") is not None:
+            return Reason("lora_A has a bias")
         for name, module in (("lora_A", down), ("lora_B", up), ("lora_dropout", dropout)):
             if peft.hooked(module):
                 return Reason(f"a hook on {name}[{adapter!r}]")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttune import _torch
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +27,10 @@ def check_float(name: str, tensor: Any) -> None:
 
 
 def rows_first(x: Tensor, rows: int, width: int) -> Tensor:
-    """x as [rows, width] with unit column stride; a transposed or expanded one is copied."""
+    """x as [rows, width] with unit column stride; one that lies otherwise is copied."""
+    # A view that torch would negate as it reads, which no kernel does.
+    if not torch.compiler.is_compiling() and x.is_neg():
+        x = x.resolve_neg()
     if x.dim() != 2:
         x = x.reshape(rows, width)
     return x if width == 1 or x.stride(1) == 1 else x.contiguous()
@@ -40,7 +45,8 @@ def output_shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     if y.shape == shape:
         return y
     own = y.is_contiguous() and y._base is None and not y.requires_grad
-    if own and not torch.compiler.is_compiling():
+    # A dispatch mode (selective checkpointing, tracing) would see its cached tensor change.
+    if own and not torch.compiler.is_compiling() and not _torch.under_dispatch_mode():
         return y.resize_(shape)  # of as many elements: half the time of the operator below
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
     return shaped

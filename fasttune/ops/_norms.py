@@ -8,17 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from fasttune.ops import _support
-from fasttune.ops._arguments import check_float, check_shape
+from fasttune.ops._arguments import check_float, check_shape, rows_first
 
 # The longest row that one Triton program holds (fasttune_kernels.rms_norm.MAX_FEATURES).
 MAX_TRITON_FEATURES = 16384
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [*, H] as [M, H] with unit column stride; a transposed or expanded one is copied."""
-    if x.dim() != 2:
-        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    """x [*, H] as [M, H] with unit column stride; one that lies otherwise is copied."""
+    return rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def dense(vector: Tensor | None) -> Tensor | None:

@@ -193,6 +193,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.needs = (need_x, *need_w, *need_bias, *need_a, *need_b, *need_lora_bias)
         ctx.spec, ctx.shape, ctx.x_dtype = spec, x.shape, x.dtype
         ctx.widths = [y.shape[-1] for y in ys]
+        ctx.has_base = [y is not None for y in bases]
         ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]
         return tuple(
             [output_shaped(y, (*x.shape[:-1], n)) for y, n in zip(ys, ctx.widths, strict=True)]
@@ -246,7 +247,9 @@ class _LoraLinear(torch.autograd.Function):
         ]
         kinds = (
             dws, dbiases, das, dbs, dlora_biases,
-            (None,) * k, dys, (None,) * n,  # scaling tensors, bases, seeds
+            (None,) * k,  # scaling tensors
+            [dy if given else None for dy, given in zip(dys, ctx.has_base, strict=True)],
+            (None,) * n,  # seeds
             *dscales,
         )  # fmt: skip
         return None, dx, *spec.flat(kinds)

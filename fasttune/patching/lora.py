@@ -106,6 +106,7 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
             record.known = peft_known.of(layer, projection)
             return _fused(layer, x, projection)
     if not torch.compiler.is_compiling():
+        record.known = None  # it keeps tensors alive that the layer may have parted with
         state.note_fallback(record, reason)
     return original(layer, x, *args, **kwargs)
 

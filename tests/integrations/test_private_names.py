@@ -23,6 +23,8 @@ def test_torch() -> None:
     assert not _torch.any_autocast()
     with torch.autocast("cpu", torch.bfloat16):
         assert _torch.any_autocast()
+    with torch.autocast("mps", torch.bfloat16):  # which torch's own answer does not count
+        assert _torch.autocast_dtype("mps") == torch.bfloat16
     assert callable(torch_module._has_any_global_hook)
     assert callable(torch.cpu._is_amx_tile_supported)
     assert callable(torch._assert_async)

@@ -6,7 +6,13 @@ import multiprocessing
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fasttune
 from fasttune import _native, _registry
@@ -277,3 +283,67 @@ def test_seed_is_drawn_only_for_dropout(first):
     torch.manual_seed(1)
     lora_linear(*args, dropout_p=0.0 if first == "none" else 0.5)
     assert (torch.rand(()) == expected) == (first == "none")
+
+
+def test_a_group_of_a_weight_and_of_the_output_of_a_base():
+    x, weight, a, b = arguments()
+    base = torch.randn(5, 12)
+    leaves = [t.requires_grad_() for t in (x, weight, a, b, base)]
+
+    def group(x, weight, a, b, base):
+        branches = (LoraBranch(a, b),)
+        own = LoraProjection(weight, None, branches)
+        return lora_linear_group(x, (own, LoraProjection(None, None, branches, base)))
+
+    def formula(x, weight, a, b, base):
+        branch = x @ a.t() @ b.t()
+        return x @ weight.t() + branch, base + branch
+
+    dys = [torch.randn(5, 12), torch.randn(5, 12)]
+    found, expected = (torch.autograd.grad(f(*leaves), leaves, dys) for f in (group, formula))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_selective_checkpoints_keep_what_a_layer_returned():
+    x, weight, a, b = arguments()
+    x = x.reshape(1, 5, 24)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def run(x, a, b):
+        return lora_linear(x, weight, a, b).square()
+
+    def context():
+        return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+
+    kept = checkpoint(run, *leaves, use_reentrant=False, context_fn=context)
+    found = torch.autograd.grad(kept.sum(), leaves)
+    for ours, theirs in zip(found, torch.autograd.grad(run(*leaves).sum(), leaves), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6)
+
+
+def test_a_layer_is_traced():
+    x, weight, a, b = arguments()
+    x = x.reshape(1, 5, 24)
+    a.requires_grad_()
+    traced = make_fx(lambda x: lora_linear(x, weight, a, b))(x)
+    other = torch.randn(1, 5, 24)
+    assert torch.equal(traced(other), lora_linear(other, weight, a, b))
+
+
+@pytest.mark.parametrize("negated", range(4))
+def test_a_view_that_is_negated_as_it_is_read(negated):
+    """What ``z.conj().imag`` gives: torch negates it in every operator, a kernel reads memory."""
+    tensors = list(arguments())
+    tensors[negated] = torch._neg_view(tensors[negated])
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    assert leaves[negated].is_neg()
+    x, weight, a, b = leaves
+    expected = x @ weight.t() + x @ a.t() @ b.t()
+    y = lora_linear(*leaves)
+    assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
+    dy = torch._neg_view(torch.randn(5, 12))
+    for ours, theirs in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
