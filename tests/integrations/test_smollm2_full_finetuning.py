@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
-from test_smollm2_curves import base, batches  # noqa: F401
+from test_smollm2_curves import batches  # noqa: F401
 from torch import Tensor, nn
 
+from fasttune.demo.model import find_model, load_model
 from fasttune.optim import AdamW
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,8 @@ def with_masters(model: nn.Module):
     return step
 
 
-def test_bf16_weights_follow_the_curve_of_fp32_masters(base, batches):  # noqa: F811
+def test_bf16_weights_follow_the_curve_of_fp32_masters(batches):  # noqa: F811
+    base = load_model(find_model(None), dtype="bfloat16", device="cpu")
     models = [copy.deepcopy(base).requires_grad_(True).train() for _ in range(3)]
     masters = losses_of(models[0], batches, with_masters(models[0]))
     ours = losses_of(models[1], batches, AdamW(models[1].parameters(), lr=LEARNING_RATE).step)
