@@ -146,7 +146,7 @@ class _Waiting:
 
     x: weakref.ref[Tensor]
     facts: Any  # of the input and the modes
-    outputs: dict[nn.Module, tuple[Tensor, LoraProjection, Any]]
+    outputs: dict[nn.Module, tuple[Tensor, LoraProjection, list[int]]]
     recomputed: bool  # inside backward, where a checkpoint stops as soon as it has all it needs
 
 
@@ -264,11 +264,9 @@ def _tensors(projection: LoraProjection) -> list[Tensor | None]:
     return tensors
 
 
-def _versions(projection: LoraProjection) -> list[tuple[int, int] | None]:
-    """How often each tensor of a projection has been written to, and where it lies: setting
-    ``data`` counts as no write.
-    """
-    return [t if t is None else (t._version, t.data_ptr()) for t in _tensors(projection)]
+def _versions(projection: LoraProjection) -> list[int]:
+    """How often each tensor of a projection has been written to."""
+    return [-1 if tensor is None else tensor._version for tensor in _tensors(projection)]
 
 
 def _facts_of(projection: LoraProjection) -> list[Any]:
