@@ -8,6 +8,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.compiler import CompiledKernel
 
 from fasttune.testing.triton_dry_run import Launch, dry_run
 from fasttune_kernels import launch as launching
@@ -114,3 +116,29 @@ def test_what_is_no_constant_is_refused(call: dict[str, Any]) -> None:
     with dry_run(90) as launches, pytest.raises(TypeError, match=r"launch: .*(stride|BLOCK)"):
         launch(_scale_kernel, (4,), *call.pop("args"), **call)
     assert not launches
+
+
+def test_a_hook_on_launches_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler's: the table then leaves the launch to Triton."""
+    by_triton = []
+    original = CompiledKernel.__getitem__
+
+    def counted(self: Any, grid: Any) -> Any:
+        by_triton.append(grid)
+        return original(self, grid)
+
+    def hook(metadata: Any) -> None:
+        pass
+
+    monkeypatch.setattr(CompiledKernel, "__getitem__", counted)
+    with dry_run(90) as launches:
+        launch(_scale_kernel, (4,), *CALLS[0], BLOCK=128)
+        by_triton.clear()
+        launch(_scale_kernel, (4,), *CALLS[0], BLOCK=128)
+        assert not by_triton
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            launch(_scale_kernel, (4,), *CALLS[0], BLOCK=128)
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(by_triton) == 1 and len(launches) == 3
