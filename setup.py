@@ -3,7 +3,8 @@ fasttune._cuda, CUDA C++ for every target, through ninja, where there is nvcc.
 
 FASTTUNE_CUDA=0 leaves _cuda out, 1 insists on it, auto (the default) builds it if nvcc is found: on
 PATH, in CUDA_HOME, or in the nvidia-cuda-nvcc wheel (csrc/nvcc.py). With 1, csrc/build_backend.py
-brings the wheels of nvcc where there is none.
+brings the wheels of nvcc where there is none. FASTTUNE_EMULATED_AMX=1 adds a build of the kernels
+for AMX that runs without AMX, for tests.
 """
 
 import os
@@ -36,6 +37,15 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+
+# Tiles: builds of a few kernels, on top of that of AVX-512. The emulated one is for tests on CPUs
+# without them.
+AMX_KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu/amx").glob("*.cpp"))
+AMX_FLAGS: dict[str, list[str]] = {}
+if "avx512bf16" in ISA_FLAGS and sys.platform == "linux":
+    AMX_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+    if os.environ.get("FASTTUNE_EMULATED_AMX") == "1":
+        AMX_FLAGS["amxemulated"] = [*ISA_FLAGS["avx512"], "-DFASTTUNE_EMULATE_AMX"]
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
 # Compute capabilities with code of their own, by the PTX they are assembled from: the source is
@@ -100,7 +110,10 @@ class BuildExt(build_ext):
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
         common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]
         common += ["-ffp-contract=fast", "-Wno-unknown-pragmas"]
-        x86 = [("FASTTUNE_X86_BUILDS", "1")] if "avx2" in ISA_FLAGS else []
+        builds = {"FASTTUNE_X86_BUILDS": "avx2" in ISA_FLAGS}
+        builds["FASTTUNE_AMX_BUILD"] = "amx" in AMX_FLAGS
+        builds["FASTTUNE_EMULATED_AMX_BUILD"] = "amxemulated" in AMX_FLAGS
+        x86 = [(name, "1") for name, there in builds.items() if there]
         includes = [*ext.include_dirs, str(ROOT / "csrc"), str(ROOT / "csrc/cpu")]
         temp = Path(self.build_temp)
 
@@ -116,6 +129,7 @@ class BuildExt(build_ext):
             )
 
         jobs = [(source, isa, flags) for isa, flags in ISA_FLAGS.items() for source in KERNELS]
+        jobs += [(source, isa, flags) for isa, flags in AMX_FLAGS.items() for source in AMX_KERNELS]
         jobs += [(source, "once", []) for source in ONCE]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]

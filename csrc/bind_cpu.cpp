@@ -34,9 +34,13 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Matrix>(m, "Matrix").def(py::init(&matrix));
   py::class_<MutableMatrix>(m, "MutableMatrix").def(py::init(&mutable_matrix));
   py::class_<Dropout>(m, "Dropout")
-      .def(py::init([](uint64_t seed, uint32_t threshold, uint32_t branch, uint64_t row_offset) {
-        return Dropout{seed, threshold, branch, row_offset};
-      }));
+      .def(py::init([](uint64_t seed, uint32_t threshold, uint32_t branch, uint64_t row_offset,
+                       uintptr_t drawn, int64_t drawn_stride) {
+             return Dropout{
+                 seed, threshold, branch, row_offset, pointer<const uint64_t>(drawn), drawn_stride};
+           }),
+           py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("row_offset"),
+           py::arg("drawn") = 0, py::arg("drawn_stride") = 0);
   py::class_<NormVector>(m, "NormVector")
       .def(py::init([](uintptr_t data, int dtype, float offset, uintptr_t buffer) {
         return NormVector{pointer<const void>(data), static_cast<DType>(dtype), offset,
@@ -148,6 +152,12 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Matrix& x, uintptr_t t, int64_t rank, const Dropout& dropout,
          const MutableMatrix& out, bool transposed, int threads) {
         kernels().lora_outer(x, pointer<const float>(t), rank, dropout, out, transposed, threads);
+      },
+      release());
+  m.def(
+      "draw",
+      [](const Dropout& dropout, int64_t rows, int64_t cols, uintptr_t bits, int threads) {
+        kernels().draw(dropout, rows, cols, pointer<uint64_t>(bits), threads);
       },
       release());
   m.def(

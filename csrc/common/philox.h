@@ -18,6 +18,9 @@ struct Dropout {
   uint32_t threshold;  // keep if lane >= threshold, in 1 / 65536
   uint32_t branch;
   uint64_t row_offset;
+  // On the CPU, the bits as a kernel drew them before, a word for 64 columns; null: draw them.
+  const uint64_t* drawn;
+  int64_t drawn_stride;
 };
 
 #if defined(__CUDACC__)

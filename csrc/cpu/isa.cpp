@@ -2,11 +2,31 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <vector>
 
+#if defined(FASTTUNE_AMX_BUILD)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fasttune::cpu {
 namespace {
+
+#if defined(FASTTUNE_AMX_BUILD)
+// The CPU has tiles for bf16, and the system lets this process use them: it must be asked, once.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if (!(edx & kBf16) || !(edx & kTiles) || !__builtin_cpu_supports("avx512bf16")) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+}
+#endif
 
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> tables;
@@ -15,6 +35,9 @@ std::vector<const Kernels*> runnable() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("fma")) {
+#if defined(FASTTUNE_AMX_BUILD)
+    if (has_amx()) tables.push_back(&amx::table());
+#endif
     if (has_fast_bf16_dot()) tables.push_back(&avx512bf16::table());
     tables.push_back(&avx512::table());
   }
@@ -23,6 +46,11 @@ std::vector<const Kernels*> runnable() {
     tables.push_back(&avx2::table());
 #endif
   tables.push_back(&plain::table());
+#if defined(FASTTUNE_EMULATED_AMX_BUILD)  // never the first: for tests alone
+  if (std::strcmp(tables.front()->isa, "plain") != 0 &&
+      std::strcmp(tables.front()->isa, "avx2") != 0)
+    tables.push_back(&amxemulated::table());
+#endif
   return tables;
 }
 

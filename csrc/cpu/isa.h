@@ -1,5 +1,5 @@
-// Run-time choice between the builds of the kernels for AVX-512 (with bf16 or without), AVX2 and
-// plain C++.
+// Run-time choice between the builds of the kernels for AMX, AVX-512 (with bf16 or without), AVX2
+// and plain C++.
 #pragma once
 
 #include <string>
@@ -9,7 +9,8 @@
 namespace fasttune::cpu {
 
 // The table in use. The first call picks the widest build that the CPU runs; FASTTUNE_CPU_ISA
-// (avx512bf16, avx512, avx2, plain) forces one and throws std::runtime_error if it cannot run here.
+// (amx, avx512bf16, avx512, avx2, plain) forces one and throws std::runtime_error if it cannot run
+// here.
 const Kernels& kernels();
 
 // Name of the build in use, and all that this CPU can run, widest first, separated by commas.

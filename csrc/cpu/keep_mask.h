@@ -41,9 +41,9 @@ class KeepMask {
   // Bit i of the result: is element (row, col + i) kept? col is a multiple of kMaskSpan, and row
   // counts from row_offset. One counter gives eight 16-bit lanes, so 64 elements take eight.
   uint64_t span(int64_t row, int64_t col) const {
-    return keeps_all() ? ~uint64_t{0}
-                       : draw(dropout_.row_offset + static_cast<uint64_t>(row),
-                              static_cast<uint32_t>(col / 8));
+    if (keeps_all()) return ~uint64_t{0};
+    if (dropout_.drawn) return dropout_.drawn[row * dropout_.drawn_stride + col / kMaskSpan];
+    return draw(dropout_.row_offset + static_cast<uint64_t>(row), static_cast<uint32_t>(col / 8));
   }
 
  private:

@@ -176,6 +176,9 @@ struct Kernels {
   void (*lora_outer)(const Matrix& x, const float* t, int64_t rank, const Dropout& dropout,
                      const MutableMatrix& out, bool transposed, int threads);
 
+  // bits [M, ceil(K / 64)]: which elements of [M, K] are kept, bit i of a word the i-th of its 64.
+  void (*draw)(const Dropout& dropout, int64_t rows, int64_t cols, uint64_t* bits, int threads);
+
   // out [M, K] = x * keep; x and out may be the same.
   void (*drop)(const Matrix& x, const Dropout& dropout, const MutableMatrix& out, int threads);
   // out [M, N] = addend addend_scale + bias + keep * (t panel), with t [M, R] fp32 and panel [R, N]
@@ -300,6 +303,12 @@ constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
 constexpr int64_t kMaxRank = 256;  // of lora_reduce and reft
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 
+namespace amx {  // AVX-512 and the tiles of AMX
+const Kernels& table();
+}
+namespace amxemulated {  // the same, with tiles in plain C++: for tests
+const Kernels& table();
+}
 namespace avx512bf16 {  // AVX-512 with the dot product of bf16 pairs
 const Kernels& table();
 }

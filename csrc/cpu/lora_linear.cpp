@@ -272,6 +272,15 @@ void lora_outer(const Matrix& x, const float* t, int64_t rank, const Dropout& dr
   });
 }
 
+void draw(const Dropout& dropout, int64_t rows, int64_t cols, uint64_t* bits, int threads) {
+  const int64_t spans = (cols + kMaskSpan - 1) / kMaskSpan;
+  const KeepMask mask(dropout);
+#pragma omp parallel for num_threads(team(threads, rows* cols / 4096)) schedule(static)
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t span = 0; span < spans; ++span)
+      bits[row * spans + span] = mask.span(row, span * kMaskSpan);
+}
+
 void drop(const Matrix& x, const Dropout& dropout, const MutableMatrix& out, int threads) {
   const KeepMask mask(dropout);
   with_element(x.dtype, [&](auto element) {

@@ -22,6 +22,7 @@ const Kernels& table() {
                                transpose,
                                lora_reduce,
                                lora_outer,
+                               draw,
                                drop,
                                lora_expand,
                                scaled_sum,

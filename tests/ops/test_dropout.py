@@ -64,6 +64,25 @@ def test_cpu_masks_are_bit_equal_to_the_reference(seed, branch, offset, build):
     assert 0.85 < mask.mean() < 0.95
 
 
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("seed", "branch", "offset"), CASES)
+def test_masks_that_two_kernels_share_are_the_same(seed, branch, offset, build):
+    """A backward draws once for dx and dA; asked for one of them, it draws for that one."""
+    previous = _native.cpu().isa_name()
+    _native.cpu().set_isa(build)
+    d, a, x = torch.randn(37, 4), torch.randn(4, 133), torch.randn(37, 133)
+    place = {"seed": torch.tensor(seed), "branch": branch, "row_offset": offset}
+    place |= {"threshold": 6554, "dx_dtype": torch.float32}
+    try:
+        dx, da = _native.lora_down_backward(d, a, x, **place, need_dx=True, need_da=True)
+        alone = _native.lora_down_backward(d, a, x, **place, need_dx=True, need_da=False)
+        other = _native.lora_down_backward(d, a, x, **place, need_dx=False, need_da=True)
+    finally:
+        _native.cpu().set_isa(previous)
+    assert torch.equal(dx, alone[0]) and torch.equal(da, other[1])
+    assert 0 < dx.eq(0).float().mean() < 0.2
+
+
 @pytest.mark.parametrize(("seed", "branch", "offset"), CASES)
 def test_triton_masks_are_bit_equal_to_the_reference(seed, branch, offset):
     with triton_on_cpu():
