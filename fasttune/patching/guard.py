@@ -19,6 +19,7 @@ COMPILED = Reason("torch.compile traces the original forward", expected=True)
 INFERENCE = Reason("inference", expected=True)
 EXTRA = Reason("called with extra arguments")
 TOO_SMALL = Reason("the original forward is as fast for an input this small", expected=True)
+_TOO_SMALL = TOO_SMALL.text
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,14 +32,21 @@ def is_small(record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts
     Args:
         ask: of x and the facts; True of an input has to mean True of every smaller one.
     """
-    if type(x) is not Tensor or is_compiling():
+    return not is_compiling() and is_small_in_eager(record, x, ask, *facts)
+
+
+def is_small_in_eager(
+    record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts: Any
+) -> bool:
+    """:func:`is_small` for who has asked whether torch.compile traces."""
+    if type(x) is not Tensor:
         return False
     small = record.small
     if small is None or x.numel() > small[0] or not _holds(small, x):
         if not ask(x, *facts):
             return False
         remember_small(record, x.numel())
-    record.fallbacks[TOO_SMALL.text] += 1
+    record.fallbacks[_TOO_SMALL] += 1
     return True
 
 
@@ -52,7 +60,7 @@ def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
     small = record.small
     if small is None or small[0] != size or not _holds(small, x):
         return False
-    record.fallbacks[TOO_SMALL.text] += 1
+    record.fallbacks[_TOO_SMALL] += 1
     return True
 
 
@@ -65,7 +73,7 @@ def why_original(
     module: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Reason | None:
     """What rules out fusion whatever the kind; None if nothing does."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return COMPILED
     if not module.training and not torch.is_grad_enabled():
         return INFERENCE

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fasttune import _torch
 from fasttune.integrations import (
@@ -78,18 +78,19 @@ def _static_reason(layer: nn.Module, linear: bool) -> Reason | None:
 
 def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     record: state.ModuleState = state.of(layer, KIND)
-    plain = not (args or kwargs or layer.lora_variant or torch.compiler.is_compiling())
+    eager = not is_compiling()
+    plain = eager and not (args or kwargs or layer.lora_variant)
     if (
         plain
         and not assignment.anywhere()
-        and guard.is_small(record, x, lora_too_small, layer.out_features)
+        and guard.is_small_in_eager(record, x, lora_too_small, layer.out_features)
     ):
         record.mixed = False
         return original(layer, x)
     mixed = mixed_layer.forward(layer, original, record, x, args, kwargs)
     if mixed is not None:
         return mixed
-    if not (args or kwargs or torch.compiler.is_compiling()):
+    if eager and not (args or kwargs):
         fetched = groups.fetch(layer, x, _as_member)
         if fetched is not None:
             state.note_fused(record, state.backend_of(fetched) or record.backend, 0)
@@ -105,7 +106,7 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         if reason is None:
             record.known = peft_known.of(layer, projection)
             return _fused(layer, x, projection)
-    if not torch.compiler.is_compiling():
+    if eager:
         record.known = None  # it keeps tensors alive that the layer may have parted with
         state.note_fallback(record, reason)
     return original(layer, x, *args, **kwargs)
@@ -138,7 +139,7 @@ def _as_member(layer: Any, x: Any) -> LoraProjection | None:
     """What a layer computes in a group, or None if it computes alone."""
     if peft.hooked(layer):
         return None
-    if not torch.compiler.is_compiling() and (known := _known(layer, x)) is not None:
+    if not is_compiling() and (known := _known(layer, x)) is not None:
         return known
     reason = _why_original(layer, x, (), {})
     if reason is not None and reason.text != peft.NO_ADAPTER:
