@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import Pybind11Extension, has_flag
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -45,7 +45,7 @@ AMX_FLAGS: dict[str, list[str]] = {}
 if "avx512bf16" in ISA_FLAGS and sys.platform == "linux":
     AMX_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
     if os.environ.get("FASTTUNE_EMULATED_AMX") == "1":
-        AMX_FLAGS["amxemulated"] = [*ISA_FLAGS["avx512"], "-DFASTTUNE_EMULATE_AMX"]
+        AMX_FLAGS["amxemulated"] = [*ISA_FLAGS["avx512bf16"], "-DFASTTUNE_EMULATE_AMX"]
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
 # Compute capabilities with code of their own, by the PTX they are assembled from: the source is
@@ -110,9 +110,14 @@ class BuildExt(build_ext):
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
         common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]
         common += ["-ffp-contract=fast", "-Wno-unknown-pragmas"]
+        tiles = {  # GCC has them from 11 on
+            isa: flags
+            for isa, flags in AMX_FLAGS.items()
+            if isa != "amx" or has_flag(self.compiler, "-mamx-bf16")
+        }
         builds = {"FASTTUNE_X86_BUILDS": "avx2" in ISA_FLAGS}
-        builds["FASTTUNE_AMX_BUILD"] = "amx" in AMX_FLAGS
-        builds["FASTTUNE_EMULATED_AMX_BUILD"] = "amxemulated" in AMX_FLAGS
+        builds["FASTTUNE_AMX_BUILD"] = "amx" in tiles
+        builds["FASTTUNE_EMULATED_AMX_BUILD"] = "amxemulated" in tiles
         x86 = [(name, "1") for name, there in builds.items() if there]
         includes = [*ext.include_dirs, str(ROOT / "csrc"), str(ROOT / "csrc/cpu")]
         temp = Path(self.build_temp)
@@ -129,7 +134,7 @@ class BuildExt(build_ext):
             )
 
         jobs = [(source, isa, flags) for isa, flags in ISA_FLAGS.items() for source in KERNELS]
-        jobs += [(source, isa, flags) for isa, flags in AMX_FLAGS.items() for source in AMX_KERNELS]
+        jobs += [(source, isa, flags) for isa, flags in tiles.items() for source in AMX_KERNELS]
         jobs += [(source, "once", []) for source in ONCE]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]

@@ -34,13 +34,14 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Matrix>(m, "Matrix").def(py::init(&matrix));
   py::class_<MutableMatrix>(m, "MutableMatrix").def(py::init(&mutable_matrix));
   py::class_<Dropout>(m, "Dropout")
-      .def(py::init([](uint64_t seed, uint32_t threshold, uint32_t branch, uint64_t row_offset,
-                       uintptr_t drawn, int64_t drawn_stride) {
-             return Dropout{
-                 seed, threshold, branch, row_offset, pointer<const uint64_t>(drawn), drawn_stride};
-           }),
-           py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("row_offset"),
-           py::arg("drawn") = 0, py::arg("drawn_stride") = 0);
+      .def(py::init([](uint64_t seed, uint32_t threshold, uint32_t branch, uint64_t row_offset) {
+        return Dropout{seed, threshold, branch, row_offset, nullptr, 0};
+      }))
+      .def("drawn", [](Dropout dropout, uintptr_t words, int64_t stride) {
+        dropout.drawn = pointer<const uint64_t>(words);
+        dropout.drawn_stride = stride;
+        return dropout;
+      });
   py::class_<NormVector>(m, "NormVector")
       .def(py::init([](uintptr_t data, int dtype, float offset, uintptr_t buffer) {
         return NormVector{pointer<const void>(data), static_cast<DType>(dtype), offset,

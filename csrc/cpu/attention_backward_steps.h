@@ -1,13 +1,13 @@
 // The backward of attention but for its products: who computes what when, and in which order sums
 // add up. Steps, a type that a build fills in, loads operands and multiplies them:
 //
-//   Thread                                   held by a thread while it works
-//   kScaled                                  the scale of the scores came with the queries
-//   load_keys(call, batch, kv_head, key, scratch)           the block's keys and values
-//   load_pair(call, batch, head, row, scratch)              queries and dout of a row block
-//   add_keys(call, limits, scratch)          the gradients of the scores, and what they and the
-//                                            weights add to scratch.dkeys and scratch.dvalues
-//   add_dq(sizes, limits, scratch, dq)       and to dq, in the layout that store_dq reads
+//   Thread: what a thread holds while it works
+//   kScaled: whether the scale of the scores came with the queries
+//   load_keys(call, batch, kv_head, key, scratch): the block's keys and values
+//   load_pair(call, batch, head, row, scratch): queries and dout of a row block
+//   add_keys(call, limits, scratch): the gradients of the scores, and what they and the weights add
+//     to scratch.dkeys and scratch.dvalues
+//   add_dq(sizes, limits, scratch, dq): what they add to dq, in the layout that store_dq reads
 //   store_dq(call, batch, head, row, dq)
 #pragma once
 

@@ -1,13 +1,12 @@
 // The forward of attention but for its products: who computes what when, and the running softmax.
 // Steps, a type that a build fills in, loads operands and multiplies them:
 //
-//   Thread                                   held by a thread while it works
+//   Thread: what a thread holds while it works
 //   load_queries(inputs, sizes, batch, pair)
-//   load_keys(inputs, sizes, batch, kv_head, key, keys, scratch)    the block's keys and values
-//   scores(shape, sizes, limits, pair, scratch)     scratch.scores, -infinity where masked
-//   add_values(sizes, limits, pair, scratch)   pair.sums = sums * factors + scores values, where
-//   the
-//                                              scores have become exponentials
+//   load_keys(inputs, sizes, batch, kv_head, key, keys, scratch): the block's keys and values
+//   scores(shape, sizes, limits, pair, scratch): into scratch.scores, -infinity where masked
+//   add_values(sizes, limits, pair, scratch): pair.sums = sums * factors + scores values, where the
+//     scores have become exponentials
 #pragma once
 
 #include <cmath>

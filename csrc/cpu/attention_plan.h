@@ -90,6 +90,8 @@ struct ForwardPlan {
   int team;
 };
 
+// The sizes are those of fp32 operands. On tiles the same buffers hold bf16, features padded to 32
+// instead of 16: no more bytes.
 struct ForwardScratch {
   ForwardScratch(const ForwardPlan& plan, Arena& arena)
       : keys_t(arena.take(plan.sizes.width * kBlockKeys)),

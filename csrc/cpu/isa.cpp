@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <vector>
 
@@ -47,9 +46,7 @@ std::vector<const Kernels*> runnable() {
 #endif
   tables.push_back(&plain::table());
 #if defined(FASTTUNE_EMULATED_AMX_BUILD)  // never the first: for tests alone
-  if (std::strcmp(tables.front()->isa, "plain") != 0 &&
-      std::strcmp(tables.front()->isa, "avx2") != 0)
-    tables.push_back(&amxemulated::table());
+  if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&amxemulated::table());
 #endif
   return tables;
 }

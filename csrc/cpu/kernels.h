@@ -1,4 +1,4 @@
-// Every CPU kernel, as a table of functions: each build (AVX-512, AVX2, plain) fills one.
+// Every CPU kernel, as a table of functions: each build (AMX, AVX-512, AVX2, plain) fills one.
 //
 // Legend: M rows (tokens), K input features, N output features, R rank, V vocabulary, H features
 // that a norm spans; in rope B batch, S positions, D features of a head, of which R rotate. Strides

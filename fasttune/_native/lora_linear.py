@@ -14,18 +14,9 @@ LANES = 16  # kLanes of csrc/cpu/kernels.h
 MASK_SPAN = 64  # kMaskSpan of csrc/cpu/keep_mask.h
 
 
-def dropout_of(
-    seed: Tensor | None,
-    threshold: int,
-    branch: int,
-    row_offset: int,
-    drawn: Tensor | None = None,  # [M, ceil(K / 64)] int64, as ``_draw`` leaves it
-) -> Any:
-    number = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
-    if drawn is None:
-        return cpu().Dropout(number, threshold, branch, row_offset)
-    words = (drawn.data_ptr(), drawn.shape[1])
-    return cpu().Dropout(number, threshold, branch, row_offset, *words)
+def dropout_of(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
+    bits = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
+    return cpu().Dropout(bits, threshold, branch, row_offset)
 
 
 def _draw(dropout: Any, rows: int, columns: int) -> Tensor:
@@ -166,11 +157,10 @@ def lora_down_backward(
     keep); None where not needed.
     """
     dx = da = None
-    place = (seed, threshold, branch, row_offset)
-    dropout = dropout_of(*place)
+    dropout = dropout_of(seed, threshold, branch, row_offset)
     if threshold and need_dx and need_da:
-        drawn = _draw(dropout, d.shape[0], a.shape[1])
-        dropout = dropout_of(*place, drawn)
+        words = _draw(dropout, d.shape[0], a.shape[1])
+        dropout = dropout.drawn(words.data_ptr(), words.shape[1])
     if need_dx:
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
         _expand(d, fp32(a), None, dropout, dx, addend)

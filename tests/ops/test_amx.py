@@ -1,12 +1,15 @@
 """The kernels on tiles: as exact as those on vectors, at every edge, whatever the threads.
 
 They run on the CPU's tiles where it has them and otherwise in the emulated build, so that none of
-this is skipped on a CPU with AVX-512.
+this is skipped on a CPU with AVX-512 and its bf16 instructions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +21,8 @@ from fasttune.testing.numerics import largest_error
 AVAILABLE = _native.cpu().isa_available().split(",")
 TILES = [isa for isa in ("amx", "amxemulated") if isa in AVAILABLE]
 
-if "avx512" not in AVAILABLE:
-    pytest.skip("this CPU has no AVX-512, on which these kernels rest", allow_module_level=True)
+if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+    pytest.skip("this CPU has no avx512_bf16, on which these kernels rest", allow_module_level=True)
 
 
 def test_a_build_with_tiles_is_there():
@@ -258,3 +261,41 @@ def test_single_gradients_of_attention(wanted, isa):
         grads = torch.autograd.grad(attention(*some, causal=True), chosen, dout)
     for i, grad in zip(wanted, grads, strict=True):
         assert torch.equal(grad, whole[i])
+
+
+STARVED = """
+import resource, sys, torch
+from fasttune import _native
+_native.cpu().set_isa(sys.argv[1])
+torch.set_num_threads(1)
+def down(features):
+    a = torch.ones(16, features)
+    x, no_dropout = torch.ones(64, features).bfloat16(), dict(seed=None, threshold=0, branch=0)
+    return _native.lora_down(x, a, 1.0, None, **no_dropout)
+small = down(256)
+x, panel = torch.ones(64, 20000).bfloat16(), torch.ones(20000, 16)
+t, none = torch.empty(64, 16), _native.cpu().Dropout(0, 0, 0, 0)
+from fasttune._native._extension import matrix
+def large():
+    _native.cpu().lora_reduce(matrix(x), panel.data_ptr(), 16, 1.0, none, t.data_ptr(), 1)
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held, resource.RLIM_INFINITY))
+try:
+    large()
+    print("had room")
+except MemoryError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(down(256), small)
+large()
+assert t.eq(20000).all()
+"""
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_out_of_memory_is_an_error_that_can_be_survived(isa):
+    run = subprocess.run(
+        [sys.executable, "-c", STARVED, isa], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() == "refused"

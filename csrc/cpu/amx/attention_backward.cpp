@@ -32,6 +32,7 @@ struct Seen {
 struct TileBackward {
   using Thread = UseTiles;
   static constexpr bool kScaled = false;
+  static constexpr int64_t kLargestWidth = 256;
 
   static void load_keys(const Call& call, int64_t batch, int64_t kv_head, int64_t key,
                         const BackwardScratch& s) {
@@ -110,8 +111,6 @@ struct TileBackward {
           call.gradients.dq.row_stride);
     }
   }
-
-  static constexpr int64_t kLargestWidth = 256;
 
  private:
   // finish(key, query, 16 lanes) over the keys and queries that may see each other; the others of

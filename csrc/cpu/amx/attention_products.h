@@ -9,7 +9,9 @@
 namespace fasttune::cpu::FASTTUNE_ISA {
 
 constexpr int64_t kPair = 2 * kTileSide;  // rows and columns of four tiles of sums
-constexpr int64_t kWideTiles = 4;         // tiles of sums beside two of the left operand
+static_assert(kTileSide % kTileRows == 0 && kTileDepth % kTileRows == 0,
+              "limits are known for strips of kTileRows");
+constexpr int64_t kWideTiles = 4;  // tiles of sums beside two of the left operand
 
 inline int64_t padded_depth(int64_t width) { return divide_up(width, kTileDepth) * kTileDepth; }
 inline uint16_t* halves(float* buffer) { return reinterpret_cast<uint16_t*>(buffer); }
@@ -94,7 +96,7 @@ inline void multiply_block(const uint16_t* left, int64_t depth, const uint16_t* 
 }
 
 // A row of Columns floats becomes its first terms and then its second ones, the second rounded;
-// what lies from `valid` on, a multiple of 16, becomes zero.
+// vectors from `valid` on become zero; lanes beyond it in the last one before are zero already.
 template <int64_t Columns>
 inline void to_terms(float* row, int64_t valid) {
   constexpr int64_t kVectors = Columns / kLanes;

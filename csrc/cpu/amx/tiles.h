@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <new>
 
 #include "simd.h"
@@ -113,34 +114,45 @@ inline void tile_dot() {
 
 #endif
 
-// A buffer of the calling thread that grows as needed and is aligned to 64 bytes; `slot` tells
-// those in use at a time apart. What is larger than kKeptBytes is given back by the next request.
-template <int Slot>
-inline uint16_t* tile_scratch(int64_t elements) {
-  constexpr int64_t kKeptBytes = 4 << 20;
-  struct Buffer {
-    uint16_t* data = nullptr;
-    int64_t bytes = 0;
-    void take(int64_t wanted) {
-      if (data) ::operator delete(data, std::align_val_t{64});
-      data = nullptr;  // if the next line throws
-      data = static_cast<uint16_t*>(::operator new(wanted, std::align_val_t{64}));
-      bytes = wanted;
+// bf16 values for one call, aligned to 64 bytes: a buffer that the thread keeps or, where that
+// would be large, one of the call's own.
+class TileScratch {
+ public:
+  explicit TileScratch(int64_t elements) {
+    constexpr int64_t kKeptBytes = 4 << 20;
+    thread_local Buffer kept;
+    thread_local int64_t kept_bytes = 0;
+    const int64_t bytes = std::max<int64_t>(2 * elements, kTileRowBytes);
+    if (bytes > kKeptBytes) {
+      own_ = allocate(bytes);
+      data_ = own_.get();
+      return;
     }
-    ~Buffer() {
-      if (data) ::operator delete(data, std::align_val_t{64});
+    if (kept_bytes < bytes) {
+      kept = allocate(bytes);
+      kept_bytes = bytes;
     }
+    data_ = kept.get();
+  }
+  uint16_t* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(uint16_t* data) const { ::operator delete(data, kAlignment); }
   };
-  thread_local Buffer buffer;
-  const int64_t wanted = std::max<int64_t>(2 * elements, 64);
-  if (buffer.bytes < wanted || (buffer.bytes > kKeptBytes && buffer.bytes > 2 * wanted))
-    buffer.take(wanted);
-  return buffer.data;
-}
+  using Buffer = std::unique_ptr<uint16_t, Free>;
+  static Buffer allocate(int64_t bytes) {
+    return Buffer(static_cast<uint16_t*>(::operator new(bytes, kAlignment)));
+  }
+
+  Buffer own_;
+  uint16_t* data_;
+};
 
 // An fp32 value as the sum of three bf16 ones, each in the upper half of its lane: exact, because
 // 24 bits are three times eight and each part is cut off instead of rounded. What is not finite
-// stays in the first part.
+// stays in the first part. Parts below 2^-126 get lost: a value below 2^-102 has fewer bits.
 struct Terms {
   vu part[3];
 };
