@@ -100,16 +100,15 @@ inline void multiply_block(const uint16_t* left, int64_t depth, const uint16_t* 
 template <int64_t Columns>
 inline void to_terms(float* row, int64_t valid) {
   constexpr int64_t kVectors = Columns / kLanes;
-  vu first[kVectors], second[kVectors];
+  vf first[kVectors], second[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) {
     const vf value = v * kLanes < valid ? load(row + v * kLanes) : vf{};
-    first[v] = as_bits(value) & 0xffff0000u;
-    second[v] = as_bits(value - as_float(first[v])) + 0x8000u;
+    first[v] = as_float(as_bits(value) & 0xffff0000u);
+    second[v] = value - first[v];
   }
-  const auto put = [&](const vu* terms, uint16_t* to) {
-    for (int64_t v = 0; v < kVectors; ++v)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + v * kLanes),
-                          _mm512_cvtepi32_epi16((__m512i)(terms[v] >> 16)));
+  const auto put = [](const vf* terms, uint16_t* to) {
+    for (int64_t v = 0; v < kVectors; v += 2)
+      _mm512_storeu_si512(to + v * kLanes, rounded(terms[v], terms[v + 1]));
   };
   put(first, halves(row));
   put(second, halves(row) + Columns);

@@ -81,11 +81,6 @@ void expand_tiles(const uint16_t* left, const uint16_t* tiles, int64_t groups, f
 
 inline vf upper_halves(__m256i v) { return as_float((vu)_mm512_cvtepu16_epi32(v) << 16); }
 
-// Rounded to nearest even; what is below 2^-126 is zero.
-inline __m512i rounded(vf low, vf high) {
-  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
-
 // One row of what expand_tiles left: what stays of it, what is added, its rounding.
 template <typename Addend>
 inline void finish(const float* results, uint64_t bits, const Addend& addend, const float* bias,

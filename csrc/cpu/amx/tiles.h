@@ -170,6 +170,11 @@ inline Terms split(vf v) {
   return terms;
 }
 
+// 32 values in bf16, rounded to nearest even; what is below 2^-126 becomes zero.
+inline __m512i rounded(vf low, vf high) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
 // Two lanes of upper halves as pairs (first, second) of bf16.
 inline vu pair(vu first, vu second) { return (first >> 16) | second; }
 
