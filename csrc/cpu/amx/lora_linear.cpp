@@ -2,7 +2,7 @@
 // each, which is exact, so that the sums are as close to the truth as sums of fp32 products.
 //
 // Floor: 16 cycles a product of 16 x 16 x 32, and three of them for 32 rows of a factor: a
-// fifteenth of the cycles of fp32 multiply-adds. What is left is to read x and to draw its mask.
+// fifth of the cycles of fp32 multiply-adds. What is left is to read x and to draw its mask.
 #include "amx/lora_blocks.h"
 #include "transpose.h"
 
