@@ -62,30 +62,46 @@ void split_panel(const float* panel, int64_t depth, int64_t padded, int64_t k, i
   }
 }
 
+// One product of a tile of x in register X and one of terms in T, either of which may be the left.
+template <bool TermsLeft, int C, int X, int T>
+inline void multiply() {
+  tile_dot<C, TermsLeft ? T : X, TermsLeft ? X : T>();
+}
+
+// sums0 and sums1 [16, step] += two rows of tiles of x, `x_step` bytes apart, times those of terms
+// [step, 3]. The leading terms are summed apart from the others, which are small beside them.
+template <bool TermsLeft>
+void add_products(const void* x0, const void* x1, int64_t x_stride, int64_t x_step,
+                  const uint16_t* terms, int64_t steps, float* sums0, float* sums1,
+                  int64_t sums_stride) {
+  alignas(64) float results[4][kTileSide * kLanes];
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  for (int64_t step = 0; step < steps; ++step, terms += 3 * kTileElements) {
+    tile_load<4>(static_cast<const char*>(x0) + step * x_step, x_stride);
+    tile_load<5>(static_cast<const char*>(x1) + step * x_step, x_stride);
+    tile_load<6>(terms, kTileRowBytes);
+    multiply<TermsLeft, 0, 4, 6>(), multiply<TermsLeft, 1, 5, 6>();
+    tile_load<7>(terms + kTileElements, kTileRowBytes);
+    multiply<TermsLeft, 2, 4, 7>(), multiply<TermsLeft, 3, 5, 7>();
+    tile_load<6>(terms + 2 * kTileElements, kTileRowBytes);
+    multiply<TermsLeft, 2, 4, 6>(), multiply<TermsLeft, 3, 5, 6>();
+  }
+  tile_store<0>(results[0], kTileRowBytes), tile_store<1>(results[1], kTileRowBytes);
+  tile_store<2>(results[2], kTileRowBytes), tile_store<3>(results[3], kTileRowBytes);
+  add_tiles(results[0], results[2], sums0, sums_stride);
+  add_tiles(results[1], results[3], sums1, sums_stride);
+}
+
 // The block's rows times the tiles of terms [group, step, 3], into sums [kRowsOfBlock, padded].
 void reduce_block(const uint16_t* rows, int64_t stride_bytes, const uint16_t* tiles, int64_t steps,
                   int64_t all_steps, int64_t groups, float* sums) {
-  alignas(64) float results[4][kTileSide * kLanes];
   const char* lower = reinterpret_cast<const char*>(rows) + kTileSide * stride_bytes;
+  const int64_t padded = groups * kLanes;
   for (int64_t group = 0; group < groups; ++group) {
-    const uint16_t* term = tiles + group * all_steps * 3 * kTileElements;
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    for (int64_t step = 0; step < steps; ++step, term += 3 * kTileElements) {
-      tile_load<4>(rows + step * kTileDepth, stride_bytes);
-      tile_load<5>(lower + step * kTileRowBytes, stride_bytes);
-      tile_load<6>(term, kTileRowBytes);
-      tile_dot<0, 4, 6>(), tile_dot<1, 5, 6>();
-      tile_load<7>(term + kTileElements, kTileRowBytes);
-      tile_dot<2, 4, 7>(), tile_dot<3, 5, 7>();
-      tile_load<6>(term + 2 * kTileElements, kTileRowBytes);
-      tile_dot<2, 4, 6>(), tile_dot<3, 5, 6>();
-    }
-    tile_store<0>(results[0], kTileRowBytes), tile_store<1>(results[1], kTileRowBytes);
-    tile_store<2>(results[2], kTileRowBytes), tile_store<3>(results[3], kTileRowBytes);
     float* sum = sums + group * kLanes;
-    const int64_t padded = groups * kLanes;
-    add_tiles(results[0], results[2], sum, padded);
-    add_tiles(results[1], results[3], sum + kTileSide * padded, padded);
+    add_products<false>(rows, lower, stride_bytes, kTileRowBytes,
+                        tiles + group * all_steps * 3 * kTileElements, steps, sum,
+                        sum + kTileSide * padded, padded);
   }
 }
 
@@ -147,26 +163,11 @@ void stage_columns(const Matrix& x, const KeepMask& mask, int64_t row, int64_t s
 
 // sums [16 ranks, kMaskSpan] += terms of t^T [step, 3] times the staged columns.
 void outer_block(const uint16_t* terms, const uint16_t* block, int64_t steps, float* sums) {
-  alignas(64) float results[4][kTileSide * kLanes];
   for (int64_t two = 0; two < 4; two += 2) {
-    const uint16_t *term = terms, *columns = block + two * kTileElements;
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    for (int64_t step = 0; step < steps; ++step) {
-      tile_load<4>(columns, kTileRowBytes);
-      tile_load<5>(columns + kTileElements, kTileRowBytes);
-      tile_load<6>(term, kTileRowBytes);
-      tile_dot<0, 6, 4>(), tile_dot<1, 6, 5>();
-      tile_load<7>(term + kTileElements, kTileRowBytes);
-      tile_dot<2, 7, 4>(), tile_dot<3, 7, 5>();
-      tile_load<6>(term + 2 * kTileElements, kTileRowBytes);
-      tile_dot<2, 6, 4>(), tile_dot<3, 6, 5>();
-      term += 3 * kTileElements;
-      columns += 4 * kTileElements;
-    }
-    tile_store<0>(results[0], kTileRowBytes), tile_store<1>(results[1], kTileRowBytes);
-    tile_store<2>(results[2], kTileRowBytes), tile_store<3>(results[3], kTileRowBytes);
-    add_tiles(results[0], results[2], sums + two * kLanes, kMaskSpan);
-    add_tiles(results[1], results[3], sums + (two + 1) * kLanes, kMaskSpan);
+    const uint16_t* columns = block + two * kTileElements;
+    float* sum = sums + two * kLanes;
+    add_products<true>(columns, columns + kTileElements, kTileRowBytes, 2 * 4 * kTileElements,
+                       terms, steps, sum, sum + kLanes, kMaskSpan);
   }
 }
 
