@@ -177,6 +177,18 @@ PYBIND11_MODULE(_cpu, m) {
                               dropout, out, threads);
       },
       release());
+  m.def("has_base_product", [] { return kernels().base_product != nullptr; });
+  m.def(
+      "base_product",
+      [](const Matrix& x, const Matrix& w, bool transposed, uintptr_t t, uintptr_t panel,
+         int64_t rank, const Matrix* addend, uintptr_t addend_scale, uintptr_t bias,
+         const Dropout& dropout, const MutableMatrix& out, int threads) {
+        const ExpandTerms terms{addend, pointer<const float>(addend_scale),
+                                pointer<const float>(bias)};
+        kernels().base_product(x, w, transposed, pointer<const float>(t),
+                               pointer<const float>(panel), rank, terms, dropout, out, threads);
+      },
+      release());
   m.def(
       "cross_entropy_rows",
       [](const MutableMatrix& logits, uintptr_t targets, int64_t ignore_index, float logit_scale,

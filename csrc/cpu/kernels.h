@@ -186,6 +186,13 @@ struct Kernels {
   void (*lora_expand)(const float* t, const float* panel, int64_t rank, const ExpandTerms& terms,
                       const Dropout& dropout, const MutableMatrix& out, int threads);
 
+  // out [M, N], fp32 or bf16, = lora_expand's + x w, rounded once: x [M, K] bf16, w bf16 [K, N] or,
+  // if transposed, [N, K]. The rank may be 0. Null in builds whose products the vendor library's
+  // beat.
+  void (*base_product)(const Matrix& x, const Matrix& w, bool transposed, const float* t,
+                       const float* panel, int64_t rank, const ExpandTerms& terms,
+                       const Dropout& dropout, const MutableMatrix& out, int threads);
+
   // out [M, N] = addend + keep * x scale column_scale, with addend and column_scale [N] fp32 or
   // null.
   void (*scaled_sum)(const Matrix& x, const Matrix* addend, const float* column_scale, float scale,

@@ -25,6 +25,7 @@ const Kernels& table() {
                                draw,
                                drop,
                                lora_expand,
+                               nullptr,  // base_product
                                scaled_sum,
                                ia3_scale_backward,
                                scaled_glu_forward,

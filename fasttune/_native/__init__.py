@@ -30,11 +30,13 @@ from fasttune._native.layer_norm import (
 from fasttune._native.linear_cross_entropy import cross_entropy_rows_
 from fasttune._native.lora_linear import (
     MAX_RANK,
+    deep_product,
     drop,
     lora_down,
     lora_down_backward,
     lora_up,
     lora_up_backward,
+    takes_product,
 )
 from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
@@ -61,6 +63,7 @@ __all__ = [
     "cuda_emulated",
     "cuda_missing",
     "cuda_not_built",
+    "deep_product",
     "drop",
     "free_scratch",
     "glu_backward",
@@ -84,4 +87,5 @@ __all__ = [
     "scaled_sum",
     "scratch",
     "sums_of_squares",
+    "takes_product",
 ]

@@ -13,6 +13,45 @@ MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
 LANES = 16  # kLanes of csrc/cpu/kernels.h
 MASK_SPAN = 64  # kMaskSpan of csrc/cpu/keep_mask.h
 
+_FEWEST_ROWS = 64  # kFewestRows of csrc/cpu/amx/lora_blocks.h
+# Packed rows of x are as many as fit the second-level cache, and for each such chunk w is packed
+# again. Beyond these depths a chunk has too few rows: the vendor's product is faster there.
+_DEEPEST, _DEEPEST_TRANSPOSED = 2048, 4096
+_DEPTH_OF_PASS = 1536
+
+Product = tuple[Tensor, Tensor]  # x [M, K] and w [K, N]
+
+
+def takes_product(x: Tensor, w: Tensor, *, deep: bool = False) -> bool:
+    """True if x w, x [M, K] and w [K, N], is faster as part of a product of LoRA than the vendor's:
+    both bf16, on tiles. ``deep`` asks for deep_product.
+    """
+    if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16 or x.shape[0] < _FEWEST_ROWS:
+        return False
+    by_rows = w.stride(1) == 1
+    if not (by_rows or w.stride(0) == 1) or x.stride(1) != 1 or x.is_neg() or w.is_neg():
+        return False
+    deepest = _DEEPEST if by_rows else _DEEPEST_TRANSPOSED
+    return (deep or x.shape[1] <= deepest) and bool(cpu().has_base_product())
+
+
+def deep_product(x: Tensor, w: Tensor) -> Tensor:
+    """x w [M, N] in fp32, of any depth K, of which takes_product(deep=True) is true."""
+    out = torch.empty(x.shape[0], w.shape[1], dtype=torch.float32)
+    t, panel = torch.empty(x.shape[0], 0), torch.empty(0, w.shape[1])
+    for start in range(0, x.shape[1], _DEPTH_OF_PASS):
+        end = start + _DEPTH_OF_PASS
+        _expand(
+            t,
+            panel,
+            None,
+            dropout_of(None, 0, 0, 0),
+            out,
+            out if start else None,
+            product=(x[:, start:end], w[start:end]),
+        )
+    return out
+
 
 def dropout_of(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
     bits = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
@@ -82,15 +121,16 @@ def lora_up(
     out_dtype: torch.dtype,
     addend: Tensor | None = None,  # [M, N], fp32 or of the output's dtype
     addend_scale: Tensor | None = None,  # [N] fp32
+    product: Product | None = None,  # of which takes_product is true
     out: Tensor | None = None,  # [M, N]
 ) -> Tensor:
-    """y0 [M, N] = addend addend_scale + bias + t B^T, rounded once; written into ``out`` if given.
-    R may be 0.
+    """y0 [M, N] = addend addend_scale + bias + t B^T + x w, rounded once; written into ``out`` if
+    given. R may be 0.
     """
     if out is None:
         out = torch.empty(t.shape[0], b.shape[0], dtype=out_dtype)
     panel = _transposed(b, b.shape[0])
-    _expand(t, panel, bias, dropout_of(None, 0, 0, 0), out, addend, addend_scale)
+    _expand(t, panel, bias, dropout_of(None, 0, 0, 0), out, addend, addend_scale, product)
     return out
 
 
@@ -151,19 +191,20 @@ def lora_down_backward(
     need_dx: bool,
     need_da: bool,
     addend: Tensor | None = None,  # [M, K], fp32 or of `dx_dtype`
+    product: Product | None = None,  # of which takes_product is true
     out: Tensor | None = None,  # [M, K]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx0 [M, K] = addend + keep * (d A), written into ``out`` if given, da [R, K] = d^T (x *
+    """dx0 [M, K] = addend + keep * (d A) + x w, written into ``out`` if given, da [R, K] = d^T (x *
     keep); None where not needed.
     """
     dx = da = None
     dropout = dropout_of(seed, threshold, branch, row_offset)
-    if threshold and need_dx and need_da:
+    if threshold and need_dx and (need_da or product is not None):
         words = _draw(dropout, d.shape[0], a.shape[1])
         dropout = dropout.drawn(words.data_ptr(), words.shape[1])
     if need_dx:
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
-        _expand(d, fp32(a), None, dropout, dx, addend)
+        _expand(d, fp32(a), None, dropout, dx, addend, product=product)
     if need_da:
         assert x is not None
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -188,11 +229,12 @@ def _expand(
     out: Tensor,
     addend: Tensor | None,
     addend_scale: Tensor | None = None,
+    product: Product | None = None,
 ) -> None:
     if addend is not None and addend.dtype not in (torch.float32, out.dtype):
         raise TypeError(f"addend: expected torch.float32 or {out.dtype}, got {addend.dtype}")
     bias_fp32 = None if bias is None else fp32(bias)
-    cpu().lora_expand(
+    arguments = (
         t.data_ptr(),
         panel.data_ptr(),
         t.shape[1],
@@ -203,3 +245,8 @@ def _expand(
         matrix(out, mutable=True),
         threads(),
     )
+    if product is None:
+        return cpu().lora_expand(*arguments)
+    x, w = product
+    transposed = w.stride(1) != 1
+    cpu().base_product(matrix(x), matrix(w.t() if transposed else w), transposed, *arguments)

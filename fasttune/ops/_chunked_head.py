@@ -94,31 +94,44 @@ class Head:
 
     def logits(self, hidden: Tensor, ts: list[Tensor], out: Tensor) -> Tensor:
         """Writes the logits of hidden [rows, H] into out [rows, V]."""
-        if not ts and not self.through_fp32:
-            hidden, weight = hidden.to(self.dtype), self.weight.to(self.dtype)
-            if self.bias is None:
-                return torch.mm(hidden, weight.t(), out=out)
-            return torch.addmm(self.bias.to(self.dtype), hidden, weight.t(), out=out)
         if self.through_fp32:
             return self._logits_fp32(hidden, ts, out)
-        t = torch.cat(ts, dim=1)
-        b = torch.cat([factor.to(torch.float32) for factor in self.b], dim=1)
-        out.copy_(self.prims.lora_up(t, b, self.bias, out_dtype=self.dtype))
-        return out.addmm_(hidden.to(self.dtype), self.weight.to(self.dtype).t())
+        hidden, right = hidden.to(self.dtype), self.weight.to(self.dtype).t()
+        if self._takes(hidden, right):
+            t, b = self._factors(hidden, ts, slice(None))
+            return _native.lora_up(
+                t, b, self.bias, out_dtype=self.dtype, product=(hidden, right), out=out
+            )
+        if ts:
+            t, b = self._factors(hidden, ts, slice(None))
+            out.copy_(self.prims.lora_up(t, b, self.bias, out_dtype=self.dtype))
+            return out.addmm_(hidden, right)
+        if self.bias is None:
+            return torch.mm(hidden, right, out=out)
+        return torch.addmm(self.bias.to(self.dtype), hidden, right, out=out)
+
+    def _takes(self, x: Tensor, right: Tensor, *, deep: bool = False) -> bool:
+        return self.prims is _native and _native.takes_product(x, right, deep=deep)
+
+    def _factors(self, hidden: Tensor, ts: list[Tensor], span: slice) -> tuple[Tensor, Tensor]:
+        """t [rows, R] of all branches and their B [V, R] for a span of the vocabulary, in fp32."""
+        t = torch.cat(ts, dim=1) if ts else hidden.new_empty(len(hidden), 0, dtype=torch.float32)
+        b = [factor[span].to(torch.float32) for factor in self.b]
+        if b:
+            return t, torch.cat(b, dim=1)
+        return t, t.new_empty(len(self.weight[span]), 0)
 
     def _logits_fp32(self, hidden: Tensor, ts: list[Tensor], out: Tensor) -> Tensor:
         rows = hidden.shape[0]
-        t = torch.cat(ts, dim=1) if ts else hidden.new_empty(rows, 0, dtype=torch.float32)
         hidden = _gemm.as_fp32(hidden, "rows")
         step = _gemm.block_rows(self.weight.shape[1])
         for start in range(0, self.weight.shape[0], step):
             span = slice(start, min(start + step, self.weight.shape[0]))
             weight = _gemm.as_fp32(self.weight[span], "weight")
             base = torch.mm(hidden, weight.t(), out=_native.scratch("linear", rows, len(weight)))
-            b = [factor[span].to(torch.float32) for factor in self.b]
-            up = torch.cat(b, dim=1) if b else weight.new_empty(len(weight), 0)
+            t, b = self._factors(hidden, ts, span)
             bias = None if self.bias is None else self.bias[span]
-            _native.lora_up(t, up, bias, out_dtype=self.dtype, addend=base, out=out[:, span])
+            _native.lora_up(t, b, bias, out_dtype=self.dtype, addend=base, out=out[:, span])
         return out
 
     def backward(
@@ -160,7 +173,10 @@ class Head:
     def _hidden_base(self, gradient: Tensor) -> Tensor:
         if self.through_fp32:
             return _gemm.linear_backward_fp32(gradient, self.weight)
-        return torch.mm(gradient, self.weight.to(gradient.dtype))
+        weight = self.weight.to(gradient.dtype)
+        if self._takes(gradient, weight, deep=True):
+            return _native.deep_product(gradient, weight)
+        return torch.mm(gradient, weight)
 
     def _accumulate_weight(self, gradient: Tensor, hidden: Tensor, total: Tensor) -> None:
         """total [V, H] fp32 += gradient^T hidden, a block of the vocabulary at a time."""

@@ -142,12 +142,16 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
         own = [_concatenate([ts[j] for j in branches]) for branches in projections]
         up = [_concatenate([b[j] for j in branches]) for branches in projections]
     through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
+    products = {} if through_fp32 else _own_products(prims, x, weights, dtype)
     first = [i for i, t in enumerate(own) if t is not None and bases[i] is None]
-    sums = {} if through_fp32 else _up(prims, first, own, up, totals, dtype)
+    separate = [] if through_fp32 else [i for i in first if i not in products]
+    sums = _up(prims, separate, own, up, totals, dtype) if separate else {}
     ys = []
     for i, (t, factor) in enumerate(zip(own, up, strict=True)):
         if t is None:
             ys.append(_plain_linear(x, weights[i], totals[i], dtype))
+        elif i in products:
+            ys.append(prims.lora_up(t, factor, totals[i], out_dtype=dtype, product=products[i]))
         elif i in sums:
             ys.append(sums[i].addmm_(x.to(dtype), weights[i].to(dtype).t()))
         else:
@@ -218,6 +222,17 @@ def _up(
     return {i: prims.lora_up(ts[i], bs[i], biases[i], out_dtype=dtype) for i in chosen}
 
 
+def _own_products(
+    prims: ModuleType, x: Tensor, weights: Sequence[Tensor | None], dtype: torch.dtype
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """x and W^T of the projections whose base product the branch's kernel takes with it."""
+    if prims is not _native or dtype != torch.bfloat16:
+        return {}
+    x = x.to(dtype)
+    pairs = ((i, w.to(dtype).t()) for i, w in enumerate(weights) if w is not None)
+    return {i: (x, w) for i, w in pairs if _native.takes_product(x, w)}
+
+
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.linear(
         x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -257,7 +272,7 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     ]
     dbiases, dlora_biases = bias_gradients(dys, scaling_tensors, scalings, counts, need)
     draws = _draws(owners, seeds, thresholds, streams)
-    dx, das = _input_side(prims, dys, x, weights, a, ds, need, draws, dtype=x_dtype)
+    dx, das = _input_side(prims, dys, x, weights, a, ds, need, draws, owners, dtype=x_dtype)
     wanted = [dx, *dws, *dbiases, *das, *dbs, *dlora_biases]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
 
@@ -307,25 +322,31 @@ def _input_side(
     ds: dict[int, Tensor],
     need: Needs,
     draws: Sequence[dict[str, Any]],
+    owners: Sequence[int],
     *,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx and every dA.
 
-    Through fp32, the sum travels in an fp32 addend and only the last branch rounds. With vendor
-    products the branches are written first, in C++ each onto the sum of those before it, and addmm
-    adds dy W on top, which hides a read of dx.
+    Through fp32, the sum travels in an fp32 addend and only the last branch rounds. Otherwise the
+    branches are written first, in C++ each onto the sum of those before it and, where the kernels
+    take it, with dy W in the same rounding; addmm adds what is left on top, which hides a read of
+    dx.
     """
     products = _with_weights(dys, weights)
     first = first_given(dys)
     fp32 = prims is _native and _gemm.through_fp32(first.device, first.dtype)
     total: Tensor | None = None
+    own = {}
+    if need.x and prims is _native and not fp32:
+        pairs = {i: (dy, weight.to(dy.dtype)) for i, (dy, weight) in products.items()}
+        own = {i: pair for i, pair in pairs.items() if _native.takes_product(*pair)}
     if need.x and fp32:
-        for dy, weight in products:
-            product = _gemm.linear_backward_fp32(dy, weight)
+        for dy, weight in products.values():
+            base = _gemm.linear_backward_fp32(dy, weight)
             if len(products) > 1:  # the product lies in a scratch buffer that the next one reuses
-                product = product.clone() if total is None else total.add_(product)
-            total = product
+                base = base.clone() if total is None else total.add_(base)
+            total = base
     das: list[Tensor | None] = [None] * len(a)
     grouped = _down_backward_group(prims, x, a, ds, need, draws, dtype)
     if grouped is not None:
@@ -334,6 +355,12 @@ def _input_side(
             das[j] = da
     for position, (j, d) in enumerate(ds.items() if grouped is None else (), start=1):
         rounds = position == len(ds) or not fp32
+        extra: dict[str, Any] = {}
+        if prims is _native:
+            product = own.pop(owners[j], None)
+            if product is not None:
+                del products[owners[j]]
+            extra = {"addend": total, "product": product}
         part, das[j] = prims.lora_down_backward(
             d,
             a[j],
@@ -342,7 +369,7 @@ def _input_side(
             dx_dtype=dtype if rounds else torch.float32,
             need_dx=need.x,
             need_da=need.a[j],
-            **({"addend": total} if prims is _native else {}),
+            **extra,
         )
         if part is not None:
             total = part if prims is _native or total is None else total.add_(part)
@@ -351,7 +378,7 @@ def _input_side(
     if fp32:
         assert total is not None
         return (total if ds else total.to(dtype, copy=True)), das
-    for dy, weight in products:
+    for dy, weight in products.values():
         total = add_product(total, dy, weight.to(dy.dtype), dtype)
     return total, das
 
@@ -392,10 +419,10 @@ def first_given(dys: Sequence[Tensor | None]) -> Tensor:
 
 def _with_weights(
     dys: Sequence[Tensor | None], weights: Sequence[Tensor | None]
-) -> list[tuple[Tensor, Tensor]]:
-    """The projections with a gradient whose base product is ours."""
-    pairs = zip(dys, weights, strict=True)
-    return [(dy, w) for dy, w in pairs if dy is not None and w is not None]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """dy and the weight of the projections with a gradient whose base product is ours."""
+    pairs = enumerate(zip(dys, weights, strict=True))
+    return {i: (dy, w) for i, (dy, w) in pairs if dy is not None and w is not None}
 
 
 def add_product(total: Tensor | None, dy: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

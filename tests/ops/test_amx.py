@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fasttune import _native
-from fasttune.ops import _dropout, attention
+from fasttune.ops import LoraBranch, LoraProjection, _dropout, attention, lora_linear_group
 from fasttune.testing.numerics import largest_error
 
 AVAILABLE = _native.cpu().isa_available().split(",")
@@ -182,6 +182,170 @@ def test_a_dropped_value_that_is_not_finite_is_zero(isa):
             _native.lora_down(x, a, 1.0, None, **draws(0.5)),
             _native.lora_down(clean, a, 1.0, None, **draws(0.5)),
         )
+
+
+def layouts(w, layout):
+    """w [K, N], by rows or as the transpose of a weight, in the middle of what is not a number."""
+    around = torch.full((w.shape[0] + 3, w.shape[1] + 5), torch.nan).bfloat16()
+    around[1:-2, 2:-3] = w
+    inside = around[1:-2, 2:-3]
+    if layout == "rows":
+        return inside
+    flipped = torch.full((w.shape[1] + 3, w.shape[0] + 5), torch.nan).bfloat16()
+    flipped[1:-2, 2:-3] = w.t()
+    return flipped[1:-2, 2:-3].t()
+
+
+def base_operands(rows, depth, columns, rank, layout="rows"):
+    x = torch.randn(rows, depth).bfloat16()
+    w = layouts((torch.randn(depth, columns) / depth**0.5).bfloat16(), layout)
+    return x, w, torch.randn(rows, rank), torch.randn(columns, rank)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("addend", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "rank"),
+    [(64, 32, 32, 16), (66, 70, 131, 4), (65, 31, 33, 33), (300, 576, 192, 16), (97, 1, 7, 0),
+     (70, 2000, 40, 256), (2500, 700, 64, 1)],
+)  # fmt: skip
+def test_a_base_product_joins_in_one_rounding(rows, depth, columns, rank, addend, layout, isa):
+    x, w, t, b = base_operands(rows, depth, columns, rank, layout)
+    extra = None if addend is None else torch.randn(rows, columns).to(addend)
+    bias = torch.randn(columns)
+    with build(isa):
+        assert _native.takes_product(x, w)
+        y = _native.lora_up(t, b, bias, out_dtype=torch.bfloat16, addend=extra, product=(x, w))
+    parts = [t.double() @ b.double().T + bias.double(), x.double() @ w.double()]
+    parts += [] if extra is None else [extra.double()]
+    exact = sum(parts)
+    # One rounding to bf16, and sums of fp32 that are as long as x is wide.
+    size = sum(part.abs() for part in parts)
+    allowed = 2**-8 * exact.abs() + 2**-24 * depth * size
+    assert ((y.double() - exact).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("need_da", [False, True])
+def test_only_the_branch_of_a_base_product_is_dropped(need_da, dtype, isa):
+    dy, w, d, a = base_operands(130, 96, 200, 16)
+    x, addend = torch.randn(130, 200).bfloat16(), torch.randn(130, 200).to(dtype)
+    call = {**draws(0.3), "dx_dtype": dtype, "need_dx": True, "need_da": need_da}
+    with build(isa):
+        dx, da = _native.lora_down_backward(
+            d, a.t().contiguous(), x, **call, addend=addend, product=(dy, w)
+        )
+        _, alone = _native.lora_down_backward(
+            d, a.t().contiguous(), x, **{**call, "need_dx": False}
+        )
+    keep = _dropout.keep_mask(
+        call["seed"], call["threshold"], 130, 200, branch=call["branch"], row_offset=0
+    )
+    exact = d.double() @ a.double().T * keep + addend.double() + dy.double() @ w.double()
+    rtol = 2**-8 if dtype == torch.bfloat16 else 2**-16
+    torch.testing.assert_close(dx.double(), exact, rtol=rtol, atol=1e-4)
+    assert (da is None) == (not need_da)
+    assert da is None or torch.equal(da, alone)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("depth", [1500, 5000])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_a_deep_product_is_a_sum_in_fp32(depth, layout, isa):
+    x, w, _, _ = base_operands(70, depth, 96, 0, layout)
+    with build(isa):
+        assert _native.takes_product(x, w, deep=True)
+        y = _native.deep_product(x, w)
+    exact = x.double() @ w.double()
+    stock = x.float() @ w.float()
+    assert y.dtype == torch.float32
+    assert largest_error(y, exact) <= 4 * largest_error(stock, exact)
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_a_base_product_does_not_depend_on_the_threads(isa):
+    x, w, t, b = base_operands(330, 200, 230, 16)
+    runs = []
+    for count in (1, 2, 5):
+        with build(isa), threads(count):
+            runs.append(_native.lora_up(t, b, None, out_dtype=torch.bfloat16, product=(x, w)))
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("place", ["x", "w", "t"])
+def test_what_is_not_finite_in_a_base_product_stays_in_its_row_or_column(place, value, isa):
+    x, w, t, b = base_operands(70, 96, 100, 16)
+    {"x": x, "w": w, "t": t}[place][5, 7] = value
+    with build(isa):
+        y = _native.lora_up(t, b, None, out_dtype=torch.bfloat16, product=(x, w))
+    touched = y[:, 7] if place == "w" else y[5]
+    assert not touched.isfinite().any()
+    rows = torch.arange(70) != 5 if place != "w" else slice(None)
+    columns = torch.arange(100) != 7 if place == "w" else slice(None)
+    assert y[rows][:, columns].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_which_base_products_are_taken(isa):
+    x, w = torch.randn(64, 96).bfloat16(), torch.randn(96, 80).bfloat16()
+    with build("avx512"):
+        assert not _native.takes_product(x, w)
+    with build(isa):
+        assert _native.takes_product(x, w) and _native.takes_product(x, w.t().contiguous().t())
+        assert not _native.takes_product(x[:63], w)
+        assert not _native.takes_product(x.float(), w)
+        assert not _native.takes_product(x, w.half())
+        assert not _native.takes_product(x[:, ::2], w[::2])
+        assert not _native.takes_product(x, torch.randn(96, 80, 2).bfloat16()[..., 0])
+        deep = torch.empty(64, 5000, dtype=torch.bfloat16)
+        for right in (torch.empty(5000, 64, dtype=torch.bfloat16), deep.t()):
+            assert not _native.takes_product(deep, right)
+            assert _native.takes_product(deep, right, deep=True)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("counts", [(1,), (1, 1), (2,), (0, 1)])
+def test_lora_linear_takes_each_base_product_once(counts, isa, monkeypatch):
+    """With a branch of the projection, in forward and backward, and right either way."""
+    x = torch.randn(70, 96).bfloat16().requires_grad_()
+    projections = []
+    for i, count in enumerate(counts):
+        branches = [
+            LoraBranch(torch.randn(4, 96).requires_grad_(), torch.randn(40 + i, 4))
+            for _ in range(count)
+        ]
+        projections.append(LoraProjection(torch.randn(40 + i, 96).bfloat16(), None, branches))
+    leaves = [x, *(branch.a for p in projections for branch in p.branches)]
+    taken = []
+    original = _native.lora_up, _native.lora_down_backward
+
+    def counted(call):
+        def wrapped(*args, product=None, **kwargs):
+            taken.append(product is not None)
+            return call(*args, product=product, **kwargs)
+
+        return wrapped
+
+    def run():
+        ys = lora_linear_group(x, projections)
+        grads = torch.autograd.grad(sum(y.float().square().sum() for y in ys), leaves)
+        return [y.detach() for y in ys], grads
+
+    for name, call in zip(("lora_up", "lora_down_backward"), original, strict=True):
+        monkeypatch.setattr(_native, name, counted(call))
+    with build(isa):
+        ys, grads = run()
+    with_lora = sum(count > 0 for count in counts)
+    assert sum(taken) == 2 * with_lora
+    with build("avx512"):
+        stock_ys, stock_grads = run()
+    assert sum(taken) == 2 * with_lora
+    for mine, other in zip([*ys, *grads], [*stock_ys, *stock_grads], strict=True):
+        assert largest_error(mine, other) <= 2**-6 * float(other.abs().max())
 
 
 def heads(batch, count, kv_heads, queries, keys, width):

@@ -1,0 +1,199 @@
+// What the products on tiles share whose results are rounded and stored: a block of 32 rows times a
+// panel of 32 columns, both packed as tiles, and what is added to it.
+//
+// A packed block is [step, 2 tiles of 16 rows], a packed panel [step, 2 interleaved tiles of 16
+// columns]; a step is one product of depth kTileDepth.
+#pragma once
+
+#include "amx/lora_blocks.h"
+
+namespace fasttune::cpu::FASTTUNE_ISA {
+
+constexpr int64_t kColumnsOfPanel = 2 * kTileSide;
+constexpr int64_t kStepElements = 2 * kTileElements;
+constexpr int64_t kStepsOfRanks = 3;  // that 16 ranks of LoRA take
+
+// What packed operands are followed by: multiply reads, and throws away, one step beyond the last.
+constexpr int64_t kReadAhead = kStepElements;
+
+// The first `count` of 16 lanes.
+inline __mmask16 lanes_left(int64_t count) {
+  return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+inline __mmask32 lanes_of_pair(__mmask16 first, __mmask16 second) {
+  return first | static_cast<__mmask32>(second) << kLanes;
+}
+
+inline void prefetch_tile(const uint16_t* tile) {
+  for (int64_t i = 0; i < kTileSide; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(tile + i * kTileDepth), _MM_HINT_T0);
+}
+
+// Registers 0 to 3 = a packed block times a packed panel. Each register is loaded again as early as
+// its last reader allows, and lines are asked for three steps ahead: where two threads share a
+// core's tiles, hardly any of the waiting is hidden otherwise.
+inline void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps) {
+  constexpr int64_t kAhead = 3 * kStepElements;
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  tile_load<6>(panel, kTileRowBytes);
+  tile_load<4>(block, kTileRowBytes), tile_load<5>(block + kTileElements, kTileRowBytes);
+  for (int64_t step = 0; step < steps; ++step) {
+    prefetch_tile(block + kAhead);
+    tile_dot<0, 4, 6>(), tile_dot<2, 5, 6>();
+    tile_load<7>(panel + kTileElements, kTileRowBytes);
+    prefetch_tile(panel + kAhead);
+    panel += kStepElements;
+    tile_load<6>(panel, kTileRowBytes);
+    tile_dot<1, 4, 7>();
+    prefetch_tile(panel - kStepElements + kAhead + kTileElements);
+    tile_load<4>(block + kStepElements, kTileRowBytes);
+    tile_dot<3, 5, 7>();
+    prefetch_tile(block + kAhead + kTileElements);
+    block += kStepElements;
+    tile_load<5>(block + kTileElements, kTileRowBytes);
+  }
+}
+
+// results [kRowsOfBlock, kColumnsOfPanel] = registers 0 to 3.
+inline void store_results(float* results) {
+  constexpr int64_t kRowBytes = kColumnsOfPanel * sizeof(float);
+  float* below = results + kTileSide * kColumnsOfPanel;
+  tile_store<0>(results, kRowBytes), tile_store<1>(results + kLanes, kRowBytes);
+  tile_store<2>(below, kRowBytes), tile_store<3>(below + kLanes, kRowBytes);
+}
+
+// The steps of 32 rows of t, [16 ranks, 3]: [t1 t1], [t2 t2], [t1 t3] of its terms.
+inline void split_left(const float* t, int64_t rank, int64_t rows, uint16_t* block) {
+  constexpr int kLeft[3] = {0, 1, 0}, kRight[3] = {0, 1, 2};
+  for (int64_t first = 0; first < rank; first += kLanes) {
+    const __mmask16 valid = lanes_left(rank - first);
+    for (int64_t i = 0; i < kRowsOfBlock; ++i) {
+      const Terms terms =
+          split(i < rows ? (vf)_mm512_maskz_loadu_ps(valid, t + i * rank + first) : vf{});
+      __m256i part[3];
+      for (int term = 0; term < 3; ++term)
+        part[term] = _mm512_cvtepi32_epi16((__m512i)(terms.part[term] >> 16));
+      uint16_t* tile = block + i / kTileSide * kTileElements + i % kTileSide * kTileDepth;
+      for (int step = 0; step < kStepsOfRanks; ++step, tile += kStepElements) {
+        auto* row = reinterpret_cast<__m256i*>(tile);
+        _mm256_store_si256(row, part[kLeft[step]]);
+        _mm256_store_si256(row + 1, part[kRight[step]]);
+      }
+    }
+    block += kStepsOfRanks * kStepElements;
+  }
+}
+
+// The steps of 32 columns of the factor [rank, cols] from `col`, [16 ranks, 3]: [p1; p2], [p1; p2]
+// and [p3; p1]. With split_left, that gives all products of terms down to 2^-16 of the first.
+inline void split_right(const float* factor, int64_t rank, int64_t cols, int64_t col,
+                        uint16_t* panel) {
+  for (int64_t first = 0; first < rank; first += kLanes, panel += kStepsOfRanks * kStepElements)
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t c = col + half * kTileSide;
+      const __mmask16 valid = lanes_left(cols - c);
+      const auto ranks = [&](int64_t r) {
+        return split(r < rank && valid ? (vf)_mm512_maskz_loadu_ps(valid, factor + r * cols + c)
+                                       : vf{});
+      };
+      for (int64_t p = 0; p < kTileSide / 2; ++p) {
+        const Terms a = ranks(first + 2 * p), b = ranks(first + 2 * p + 1);
+        uint16_t* tile = panel + half * kTileElements + p * kTileDepth;
+        const auto put = [&](int step, int part, int term) {
+          store_pairs(tile + step * kStepElements + part * kTileElements / 2,
+                      pair(a.part[term], b.part[term]));
+        };
+        put(0, 0, 0), put(0, 1, 1), put(1, 0, 0), put(1, 1, 1), put(2, 0, 2), put(2, 1, 0);
+      }
+    }
+}
+
+inline vf upper_halves(__m256i v) { return as_float((vu)_mm512_cvtepu16_epi32(v) << 16); }
+
+struct Lanes {
+  vf low, high;
+};
+
+// 32 values of a row, fp32 or bf16, of which those exist that the masks say.
+template <typename T>
+inline Lanes load_row(const T* from, __mmask16 first, __mmask16 second) {
+  if constexpr (sizeof(T) == sizeof(float))
+    return {(vf)_mm512_maskz_loadu_ps(first, from),
+            (vf)_mm512_maskz_loadu_ps(second, from + kLanes)};
+  else
+    return {upper_halves(_mm256_maskz_loadu_epi16(first, from)),
+            upper_halves(_mm256_maskz_loadu_epi16(second, from + kLanes))};
+}
+template <typename T>
+inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_mask_storeu_ps(to, first, (__m512)row.low);
+    _mm512_mask_storeu_ps(to + kLanes, second, (__m512)row.high);
+  } else {
+    const __m512i lanes = rounded(row.low, row.high);
+    if (second == 0xffff)
+      _mm512_storeu_si512(to, lanes);
+    else
+      _mm512_mask_storeu_epi16(to, lanes_of_pair(first, second), lanes);
+  }
+}
+
+// Writes rows of a panel: results, what dropout keeps of `dropped` (one may be null), addend and
+// bias, rounded.
+// bits(i) are the keep bits of row i, A and R the elements of the addend (void: none) and of the
+// output.
+template <typename A, typename R, typename Bits>
+inline void finish(const float* results, const float* dropped, Bits&& bits,
+                   const ExpandTerms& terms, const MutableMatrix& out, int64_t row, int64_t col) {
+  const int64_t rows = std::min(kRowsOfBlock, out.rows - row), left = out.cols - col;
+  const __mmask16 first = lanes_left(left), second = lanes_left(left - kLanes);
+  const auto at = [&](const float* vector) { return load_row(vector + col, first, second); };
+  const Lanes none{}, bias = terms.bias ? at(terms.bias) : none;
+  const Lanes scale = terms.addend_scale ? at(terms.addend_scale) : none;
+  for (int64_t i = 0; i < rows; ++i) {
+    Lanes y{};
+    if (results) {
+      const float* sums = results + i * kColumnsOfPanel;
+      y = {load(sums), load(sums + kLanes)};
+    }
+    if (dropped) {
+      const float* drop = dropped + i * kColumnsOfPanel;
+      const uint32_t kept = bits(i);
+      y.low += keep_lanes(load(drop), kept);
+      y.high += keep_lanes(load(drop + kLanes), kept >> kLanes);
+    }
+    if constexpr (!std::is_void_v<A>) {
+      const Matrix& x = *terms.addend;
+      Lanes added =
+          load_row(static_cast<const A*>(x.data) + (row + i) * x.stride + col, first, second);
+      if (terms.addend_scale) added.low *= scale.low, added.high *= scale.high;
+      y.low += added.low, y.high += added.high;
+    }
+    y.low += bias.low, y.high += bias.high;
+    store_row(static_cast<R*>(out.data) + (row + i) * out.stride + col, y, first, second);
+  }
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// Calls body with finish for the dtypes at hand, as a generic lambda of its arguments.
+template <typename Body>
+void with_finish(const ExpandTerms& terms, DType out, Body&& body) {
+  const auto for_output = [&](auto result) {
+    using R = typename decltype(result)::type;
+    const auto bound = [](auto addend) {
+      using A = typename decltype(addend)::type;
+      return [](auto&&... args) { finish<A, R>(static_cast<decltype(args)&&>(args)...); };
+    };
+    if (!terms.addend) return body(bound(Type<void>{}));
+    if (terms.addend->dtype == DType::kFloat32) return body(bound(Type<float>{}));
+    body(bound(Type<uint16_t>{}));
+  };
+  if (out == DType::kFloat32) return for_output(Type<float>{});
+  for_output(Type<uint16_t>{});
+}
+
+}  // namespace fasttune::cpu::FASTTUNE_ISA
