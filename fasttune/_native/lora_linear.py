@@ -246,7 +246,8 @@ def _expand(
         threads(),
     )
     if product is None:
-        return cpu().lora_expand(*arguments)
+        cpu().lora_expand(*arguments)
+        return
     x, w = product
     transposed = w.stride(1) != 1
     cpu().base_product(matrix(x), matrix(w.t() if transposed else w), transposed, *arguments)

@@ -1,9 +1,11 @@
 // The product with a frozen weight in bf16 and what LoRA adds to it, in one pass and with one
 // rounding: the terms of LoRA's factors are further steps of the same sums.
 //
-// Floor: 16 cycles a product of 16 x 16 x 32. x and w are packed as tiles on the way, so that
-// operands are read from consecutive lines: a chunk of x that the second-level cache holds, and the
-// panel of w that its rows are multiplied with. Packing costs a pass over x, and w once a chunk.
+// Floor: 16 cycles a product of 16 x 16 x 32. Rows of x are taken a chunk at a time that the
+// second-level cache holds, and a panel of w is packed as tiles for all of them. x is read where it
+// lies, unless its rows would compete for the same lines of the caches.
+#include <atomic>
+
 #include "amx/expand_blocks.h"
 #include "transpose.h"
 
@@ -92,29 +94,135 @@ struct Steps {
   int64_t all() const { return base + lora; }
 };
 
-// A panel of the output of the chunk's rows from `row`.
+// The part of the output that a thread computes, with operands that it packs for itself: threads
+// that share packed ones wait for each other's caches.
+struct Part {
+  int64_t first_block, end_block;  // of rows
+  int64_t first_panel, end_panel;
+};
+
+// Rows are shared out as long as every thread keeps enough of them for a panel of w to be worth its
+// packing, columns beyond that.
+struct Grid {
+  int64_t blocks, panels, row_parts, panel_parts;
+
+  Grid(int64_t blocks, int64_t panels, int threads) : blocks(blocks), panels(panels) {
+    constexpr int64_t kBlocksWorthPacking = 8;
+    row_parts = std::max<int64_t>(1, std::min<int64_t>(threads, blocks / kBlocksWorthPacking));
+    panel_parts = std::max<int64_t>(1, std::min(threads / row_parts, panels));
+  }
+  int64_t parts() const { return row_parts * panel_parts; }
+  Part part(int64_t index) const {
+    const int64_t r = index / panel_parts, p = index % panel_parts;
+    return {blocks * r / row_parts, blocks * (r + 1) / row_parts, panels * p / panel_parts,
+            panels * (p + 1) / panel_parts};
+  }
+};
+
+struct Call {
+  const Matrix& x;
+  const Matrix& w;
+  bool transposed;
+  const float* t;
+  const float* factor;
+  int64_t rank;
+  const ExpandTerms& terms;
+  const KeepMask& mask;
+  const MutableMatrix& out;
+  Steps steps;
+
+  // Rows apart by a multiple of 2048 bytes share two sets of the first-level cache.
+  bool in_place() const { return x.cols % kTileDepth == 0 && 2 * x.stride % 2048 != 0; }
+  int64_t panel_elements() const { return steps.all() * kStepElements; }
+  int64_t chunk_blocks() const {
+    return std::max<int64_t>(1, kChunkBytes / (2 * panel_elements()));
+  }
+};
+
+// Blocks of rows of x and their steps of LoRA, packed where x cannot be read in place.
+class Chunk {
+ public:
+  // Elements of the buffer for `blocks` blocks.
+  static int64_t elements(const Call& call, int64_t blocks) {
+    const int64_t packed = call.in_place() ? 1 : blocks;
+    return (packed * call.steps.base + blocks * call.steps.lora) * kStepElements;
+  }
+  Chunk(const Call& call, int64_t first, int64_t count, uint16_t* buffer)
+      : call_(call), first_(first), lora_(buffer), rows_(buffer + count * lora_elements()) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = (first + i) * kRowsOfBlock;
+      split_left(call.t + row * call.rank, call.rank, std::min(kRowsOfBlock, call.x.rows - row),
+                 lora_ + i * lora_elements());
+      if (!in_place(i)) pack_rows(call.x, row, call.steps.base, packed(i));
+    }
+  }
+  Block base(int64_t i) const {
+    if (!in_place(i)) return packed_block(packed(i));
+    const int64_t row = (first_ + i) * kRowsOfBlock;
+    return {at(call_.x, row, 0), at(call_.x, row + kTileSide, 0), 2 * call_.x.stride, kTileDepth};
+  }
+  Block lora(int64_t i) const { return packed_block(lora_ + i * lora_elements()); }
+
+ private:
+  int64_t lora_elements() const { return call_.steps.lora * kStepElements; }
+  bool in_place(int64_t i) const {
+    return call_.in_place() && (first_ + i + 1) * kRowsOfBlock <= call_.x.rows;
+  }
+  // With x in place, only its last rows are packed.
+  uint16_t* packed(int64_t i) const {
+    return rows_ + (call_.in_place() ? 0 : i) * call_.steps.base * kStepElements;
+  }
+
+  const Call& call_;
+  int64_t first_;
+  uint16_t *lora_, *rows_;
+};
+
+// The panel's columns of the output of `count` blocks from `first`.
 template <typename Finish>
-void multiply_panel(const uint16_t* chunk, const uint16_t* panel, const Steps& steps,
-                    const KeepMask& mask, const ExpandTerms& terms, const MutableMatrix& out,
-                    int64_t row, int64_t rows, int64_t col, Finish&& finish) {
+void multiply_panel(const Call& call, const Chunk& chunk, int64_t first, int64_t count,
+                    const uint16_t* panel, int64_t col, Finish&& finish) {
   alignas(64) float results[kRowsOfBlock * kColumnsOfPanel],
       dropped[kRowsOfBlock * kColumnsOfPanel];
-  const bool drops = !mask.keeps_all() && steps.lora > 0;
-  for (int64_t end = row + rows; row < end; row += kRowsOfBlock) {
-    multiply(chunk, panel, drops ? steps.base : steps.all());
-    store_results(results);
+  const Steps& steps = call.steps;
+  const uint16_t* lora = panel + steps.base * kStepElements;
+  const bool drops = !call.mask.keeps_all() && steps.lora > 0;
+  for (int64_t i = 0; i < count; ++i) {
+    clear_results();
     if (drops) {
-      multiply(chunk + steps.base * kStepElements, panel + steps.base * kStepElements, steps.lora);
+      multiply(chunk.lora(i), lora, steps.lora);
       store_results(dropped);
+      clear_results();
     }
-    finish(
-        results, drops ? dropped : nullptr,
-        [&](int64_t i) {
-          return static_cast<uint32_t>(mask.span(row + i, col / kMaskSpan * kMaskSpan) >>
-                                       col % kMaskSpan);
-        },
-        terms, out, row, col);
-    chunk += steps.all() * kStepElements;
+    multiply(chunk.base(i), panel, steps.base);
+    if (!drops) multiply(chunk.lora(i), lora, steps.lora);
+    store_results(results);
+    const int64_t row = (first + i) * kRowsOfBlock;
+    const auto bits = [&](int64_t r) {
+      const uint64_t span = call.mask.span(row + r, col / kMaskSpan * kMaskSpan);
+      return static_cast<uint32_t>(span >> col % kMaskSpan);
+    };
+    finish(results, drops ? dropped : nullptr, bits, call.terms, call.out, row, col);
+  }
+}
+
+template <typename Finish>
+void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&& finish) {
+  const int64_t elements = call.panel_elements(), base = call.steps.base;
+  uint16_t* packed = buffer;
+  for (int64_t first = part.first_block; first < part.end_block; first += call.chunk_blocks()) {
+    const int64_t count = std::min(call.chunk_blocks(), part.end_block - first);
+    const Chunk chunk(call, first, count, buffer + kPanelsPacked * elements);
+    for (int64_t panel = part.first_panel; panel < part.end_panel; panel += kPanelsPacked) {
+      const int64_t panels = std::min(kPanelsPacked, part.end_panel - panel);
+      pack_panels(call.w, call.transposed, panel * kColumnsOfPanel, panels, base, packed, elements);
+      for (int64_t i = 0; i < panels; ++i) {
+        const int64_t col = (panel + i) * kColumnsOfPanel;
+        uint16_t* own = packed + i * elements;
+        split_right(call.factor, call.rank, call.out.cols, col, own + base * kStepElements);
+        multiply_panel(call, chunk, first, count, own, col, finish);
+      }
+    }
   }
 }
 
@@ -123,52 +231,37 @@ void multiply_panel(const uint16_t* chunk, const uint16_t* panel, const Steps& s
 void base_product(const Matrix& x, const Matrix& w, bool transposed, const float* t,
                   const float* factor, int64_t rank, const ExpandTerms& terms,
                   const Dropout& dropout, const MutableMatrix& out, int threads) {
-  const Steps steps{(x.cols + kTileDepth - 1) / kTileDepth,
-                    padded_rank(rank) / kLanes * kStepsOfRanks};
-  const int64_t blocks = (x.rows + kRowsOfBlock - 1) / kRowsOfBlock;
-  const int64_t panels = (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel;
-  const int64_t block_elements = steps.all() * kStepElements, panel_elements = block_elements;
-  const int64_t chunk_blocks =
-      std::min(blocks, std::max<int64_t>(1, kChunkBytes / (2 * block_elements)));
-  const int parts = team(threads, panels, 0);  // of the panels, one for each thread
-  const int64_t part_elements = std::min(kPanelsPacked, panels) * panel_elements;
-  const TileScratch scratch(chunk_blocks * block_elements + parts * part_elements + kReadAhead);
-  uint16_t* chunk = scratch.data();
   const KeepMask mask(dropout);
+  const Call call{
+      x,
+      w,
+      transposed,
+      t,
+      factor,
+      rank,
+      terms,
+      mask,
+      out,
+      {(x.cols + kTileDepth - 1) / kTileDepth, padded_rank(rank) / kLanes * kStepsOfRanks}};
+  const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
+                  (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel, threads);
+  const int64_t blocks = (grid.blocks + grid.row_parts - 1) / grid.row_parts;
+  const int64_t elements = kPanelsPacked * call.panel_elements() +
+                           Chunk::elements(call, std::min(call.chunk_blocks(), blocks));
+  const int64_t parts = grid.parts();
+  std::atomic<bool> no_memory{false};  // nothing may be thrown out of a parallel region
   with_finish(terms, out.dtype, [&](auto finish) {
-#pragma omp parallel num_threads(parts)
-    {
-      [[maybe_unused]] const UseTiles use;
-      for (int64_t first = 0; first < blocks; first += chunk_blocks) {
-        const int64_t here = std::min(chunk_blocks, blocks - first);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < here; ++block) {
-          const int64_t row = (first + block) * kRowsOfBlock;
-          uint16_t* to = chunk + block * block_elements;
-          pack_rows(x, row, steps.base, to);
-          split_left(t + row * rank, rank, std::min(kRowsOfBlock, x.rows - row),
-                     to + steps.base * kStepElements);
-        }
-#pragma omp for schedule(static)
-        for (int64_t part = 0; part < parts; ++part) {
-          uint16_t* packed = chunk + chunk_blocks * block_elements + part * part_elements;
-          const int64_t end = panels * (part + 1) / parts;
-          for (int64_t panel = panels * part / parts; panel < end; panel += kPanelsPacked) {
-            const int64_t count = std::min(kPanelsPacked, end - panel);
-            pack_panels(w, transposed, panel * kColumnsOfPanel, count, steps.base, packed,
-                        panel_elements);
-            for (int64_t i = 0; i < count; ++i) {
-              const int64_t col = (panel + i) * kColumnsOfPanel;
-              uint16_t* own = packed + i * panel_elements;
-              split_right(factor, rank, out.cols, col, own + steps.base * kStepElements);
-              multiply_panel(chunk, own, steps, mask, terms, out, first * kRowsOfBlock,
-                             here * kRowsOfBlock, col, finish);
-            }
-          }
-        }
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(parts))
+    for (int64_t part = 0; part < parts; ++part) try {
+        const TileScratch scratch(elements);
+        [[maybe_unused]] const UseTiles use;
+        multiply_part(call, grid.part(part), scratch.data(), finish);
+        _mm_sfence();
+      } catch (const std::bad_alloc&) {
+        no_memory = true;
       }
-    }
   });
+  if (no_memory) throw std::bad_alloc();
 }
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA

@@ -13,9 +13,6 @@ constexpr int64_t kColumnsOfPanel = 2 * kTileSide;
 constexpr int64_t kStepElements = 2 * kTileElements;
 constexpr int64_t kStepsOfRanks = 3;  // that 16 ranks of LoRA take
 
-// What packed operands are followed by: multiply reads, and throws away, one step beyond the last.
-constexpr int64_t kReadAhead = kStepElements;
-
 // The first `count` of 16 lanes.
 inline __mmask16 lanes_left(int64_t count) {
   return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
@@ -24,35 +21,49 @@ inline __mmask32 lanes_of_pair(__mmask16 first, __mmask16 second) {
   return first | static_cast<__mmask32>(second) << kLanes;
 }
 
-inline void prefetch_tile(const uint16_t* tile) {
-  for (int64_t i = 0; i < kTileSide; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(tile + i * kTileDepth), _MM_HINT_T0);
+// 32 rows as tiles: 16 rows each, `stride` bytes apart, the next step's `step` elements further.
+struct Block {
+  const uint16_t *upper, *lower;
+  int64_t stride, step;
+};
+inline Block packed_block(const uint16_t* tiles) {
+  return {tiles, tiles + kTileElements, kTileRowBytes, kStepElements};
 }
 
-// Registers 0 to 3 = a packed block times a packed panel. Each register is loaded again as early as
-// its last reader allows, and lines are asked for three steps ahead: where two threads share a
-// core's tiles, hardly any of the waiting is hidden otherwise.
-inline void multiply(const uint16_t* block, const uint16_t* panel, int64_t steps) {
-  constexpr int64_t kAhead = 3 * kStepElements;
-  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  tile_load<6>(panel, kTileRowBytes);
-  tile_load<4>(block, kTileRowBytes), tile_load<5>(block + kTileElements, kTileRowBytes);
-  for (int64_t step = 0; step < steps; ++step) {
-    prefetch_tile(block + kAhead);
+inline void prefetch_rows(const uint16_t* tile, int64_t stride) {
+  for (int64_t i = 0; i < kTileSide; ++i)
+    _mm_prefetch(reinterpret_cast<const char*>(tile) + i * stride, _MM_HINT_T0);
+}
+
+// Registers 0 to 3 += a block times a packed panel. Each register is loaded again as early as its
+// last reader allows, and lines are asked for three steps ahead: where two threads share a core's
+// tiles, hardly any of the waiting is hidden otherwise.
+inline void multiply(const Block& block, const uint16_t* panel, int64_t steps) {
+  constexpr int64_t kAhead = 3;
+  const uint16_t *upper = block.upper, *lower = block.lower;
+  const int64_t stride = block.stride, step = block.step;
+  if (steps == 0) return;
+  tile_load<6>(panel, kTileRowBytes), tile_load<4>(upper, stride), tile_load<5>(lower, stride);
+  for (; steps > 1; --steps) {
+    prefetch_rows(upper + kAhead * step, stride);
     tile_dot<0, 4, 6>(), tile_dot<2, 5, 6>();
     tile_load<7>(panel + kTileElements, kTileRowBytes);
-    prefetch_tile(panel + kAhead);
-    panel += kStepElements;
-    tile_load<6>(panel, kTileRowBytes);
+    prefetch_rows(panel + kAhead * kStepElements, kTileRowBytes);
+    tile_load<6>(panel + kStepElements, kTileRowBytes);
     tile_dot<1, 4, 7>();
-    prefetch_tile(panel - kStepElements + kAhead + kTileElements);
-    tile_load<4>(block + kStepElements, kTileRowBytes);
+    prefetch_rows(panel + kAhead * kStepElements + kTileElements, kTileRowBytes);
+    tile_load<4>(upper + step, stride);
     tile_dot<3, 5, 7>();
-    prefetch_tile(block + kAhead + kTileElements);
-    block += kStepElements;
-    tile_load<5>(block + kTileElements, kTileRowBytes);
+    prefetch_rows(lower + kAhead * step, stride);
+    tile_load<5>(lower + step, stride);
+    panel += kStepElements, upper += step, lower += step;
   }
+  tile_dot<0, 4, 6>(), tile_dot<2, 5, 6>();
+  tile_load<7>(panel + kTileElements, kTileRowBytes);
+  tile_dot<1, 4, 7>(), tile_dot<3, 5, 7>();
 }
+
+inline void clear_results() { tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>(); }
 
 // results [kRowsOfBlock, kColumnsOfPanel] = registers 0 to 3.
 inline void store_results(float* results) {
@@ -124,6 +135,8 @@ inline Lanes load_row(const T* from, __mmask16 first, __mmask16 second) {
     return {upper_halves(_mm256_maskz_loadu_epi16(first, from)),
             upper_halves(_mm256_maskz_loadu_epi16(second, from + kLanes))};
 }
+// Whole lines go around the caches, which would have to read them first; who stores so ends with a
+// fence.
 template <typename T>
 inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -131,8 +144,8 @@ inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second
     _mm512_mask_storeu_ps(to + kLanes, second, (__m512)row.high);
   } else {
     const __m512i lanes = rounded(row.low, row.high);
-    if (second == 0xffff)
-      _mm512_storeu_si512(to, lanes);
+    if (second == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), lanes);
     else
       _mm512_mask_storeu_epi16(to, lanes_of_pair(first, second), lanes);
   }

@@ -13,7 +13,7 @@ void expand_rows(const uint16_t* panels, const float* t, int64_t rank, const Exp
   constexpr int64_t kMostSteps = kStepsOfRanks * kMaxRank / kLanes;
   const int64_t steps = padded_rank(rank) / kLanes * kStepsOfRanks;
   const int64_t rows = std::min(kRowsOfBlock, out.rows - row);
-  alignas(64) uint16_t block[kMostSteps * kStepElements + kReadAhead];
+  alignas(64) uint16_t block[kMostSteps * kStepElements];
   alignas(64) float results[kRowsOfBlock * kColumnsOfPanel];
   const bool drops = !mask.keeps_all();
   split_left(t + row * rank, rank, rows, block);
@@ -22,7 +22,8 @@ void expand_rows(const uint16_t* panels, const float* t, int64_t rank, const Exp
     for (int64_t i = 0; i < rows; ++i) bits[i] = mask.span(row + i, span);
     const int64_t end = std::min(out.cols, span + kMaskSpan);
     for (int64_t col = span; col < end; col += kColumnsOfPanel) {
-      multiply(block, panels + col / kColumnsOfPanel * steps * kStepElements, steps);
+      clear_results();
+      multiply(packed_block(block), panels + col / kColumnsOfPanel * steps * kStepElements, steps);
       store_results(results);
       finish(
           drops ? nullptr : results, drops ? results : nullptr,
@@ -42,7 +43,7 @@ void lora_expand(const float* t, const float* factor, int64_t rank, const Expand
   const int64_t steps = padded_rank(rank) / kLanes * kStepsOfRanks;
   const int64_t panels = (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel;
   const int64_t blocks = (out.rows + kRowsOfBlock - 1) / kRowsOfBlock;
-  const TileScratch scratch(panels * steps * kStepElements + kReadAhead);
+  const TileScratch scratch(panels * steps * kStepElements);
   uint16_t* packed = scratch.data();
   const KeepMask mask(dropout);
   with_finish(terms, out.dtype, [&](auto finish) {
@@ -56,6 +57,7 @@ void lora_expand(const float* t, const float* factor, int64_t rank, const Expand
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block)
         expand_rows(packed, t, rank, terms, mask, out, block * kRowsOfBlock, finish);
+      _mm_sfence();
     }
   });
 }
