@@ -107,6 +107,10 @@ PYBIND11_MODULE(_cpu, m) {
                            y_position,
                            static_cast<DType>(dtype)};
       }));
+  py::class_<Reduction>(m, "Reduction")
+      .def(py::init([](uintptr_t panel, float scale, const Dropout& dropout, uintptr_t out) {
+        return Reduction{pointer<const float>(panel), scale, dropout, pointer<float>(out)};
+      }));
   py::class_<RopeTables>(m, "RopeTables")
       .def(py::init([](uintptr_t cos, uintptr_t sin, int64_t cos_batch, int64_t cos_position,
                        int64_t sin_batch, int64_t sin_position, int dtype) {
@@ -180,12 +184,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("has_base_product", [] { return kernels().base_product != nullptr; });
   m.def(
       "base_product",
-      [](const Matrix& x, const Matrix& w, bool transposed, uintptr_t t, uintptr_t panel,
-         int64_t rank, const Matrix* addend, uintptr_t addend_scale, uintptr_t bias,
-         const Dropout& dropout, const MutableMatrix& out, int threads) {
+      [](const Matrix& x, const Matrix& w, bool transposed, const Reduction* reduction, uintptr_t t,
+         uintptr_t panel, int64_t rank, const Matrix* addend, uintptr_t addend_scale,
+         uintptr_t bias, const Dropout& dropout, const MutableMatrix& out, int threads) {
         const ExpandTerms terms{addend, pointer<const float>(addend_scale),
                                 pointer<const float>(bias)};
-        kernels().base_product(x, w, transposed, pointer<const float>(t),
+        kernels().base_product(x, w, transposed, pointer<const float>(t), reduction,
                                pointer<const float>(panel), rank, terms, dropout, out, threads);
       },
       release());

@@ -33,6 +33,14 @@ struct ExpandTerms {
   const float* bias;          // [N] fp32
 };
 
+// A lora_reduce of x that base_product makes on the way.
+struct Reduction {
+  const float* panel;  // [K, padded_rank(R)]
+  float scale;
+  Dropout dropout;  // of x
+  float* out;       // [M, R]
+};
+
 struct RowLossOptions {
   int64_t ignore_index;
   float logit_scale;
@@ -187,11 +195,12 @@ struct Kernels {
                       const Dropout& dropout, const MutableMatrix& out, int threads);
 
   // out [M, N], fp32 or bf16, = lora_expand's + x w, rounded once: x [M, K] bf16, w bf16 [K, N] or,
-  // if transposed, [N, K]. The rank may be 0. Null in builds whose products the vendor library's
-  // beat.
+  // if transposed, [N, K]. With a reduction, t is what it leaves. The rank may be 0. Null in builds
+  // whose products the vendor library's beat.
   void (*base_product)(const Matrix& x, const Matrix& w, bool transposed, const float* t,
-                       const float* panel, int64_t rank, const ExpandTerms& terms,
-                       const Dropout& dropout, const MutableMatrix& out, int threads);
+                       const Reduction* reduction, const float* panel, int64_t rank,
+                       const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
+                       int threads);
 
   // out [M, N] = addend + keep * x scale column_scale, with addend and column_scale [N] fp32 or
   // null.

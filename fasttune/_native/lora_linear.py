@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,14 @@ _DEEPEST, _DEEPEST_TRANSPOSED = 2048, 4096
 _DEPTH_OF_PASS = 1536
 
 Product = tuple[Tensor, Tensor]  # x [M, K] and w [K, N]
+
+
+class Reduced(NamedTuple):
+    """How the kernel of a product makes t of its x: scale (x * keep) panel."""
+
+    panel: Tensor  # [K, padded R] fp32
+    scale: float
+    dropout: Any
 
 
 def takes_product(x: Tensor, w: Tensor, *, deep: bool = False) -> bool:
@@ -113,6 +121,32 @@ def lora_down(
     return t
 
 
+def lora_layer(
+    product: Product,  # x [M, K] and W^T [K, N], of which takes_product is true
+    a: Tensor,  # [R, K], R at most MAX_RANK
+    b: Tensor,  # [N, R]
+    bias: Tensor | None,  # [N]
+    scale: float,
+    scale_tensor: Tensor | None,
+    *,
+    seed: Tensor | None,
+    threshold: int,
+    branch: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """lora_down and lora_up in one pass over x: y [M, N], rounded once, and t [M, R] fp32."""
+    x, w = product
+    out = torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
+    dropout = dropout_of(seed, threshold, branch, 0)
+    reduced = Reduced(
+        _transposed(a, _padded_rank(a.shape[0])), _scale(scale, scale_tensor), dropout
+    )
+    factor = _transposed(b, b.shape[0])
+    t = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32)
+    _expand(t, factor, bias, dropout_of(None, 0, 0, 0), out, None, product=product, reduced=reduced)
+    return out, t
+
+
 def lora_up(
     t: Tensor,  # [M, R] fp32
     b: Tensor,  # [N, R]
@@ -179,7 +213,7 @@ def lora_up_backward(
 
 
 def lora_down_backward(
-    d: Tensor,  # [M, R] fp32
+    d: Tensor | None,  # [M, R] fp32
     a: Tensor,  # [R, K]
     x: Tensor | None,  # [M, K]
     *,
@@ -192,19 +226,27 @@ def lora_down_backward(
     need_da: bool,
     addend: Tensor | None = None,  # [M, K], fp32 or of `dx_dtype`
     product: Product | None = None,  # of which takes_product is true
+    up: tuple[Tensor, float, Tensor | None] | None = None,  # B [N, R] and its scales
     out: Tensor | None = None,  # [M, K]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx0 [M, K] = addend + keep * (d A) + x w, written into ``out`` if given, da [R, K] = d^T (x *
-    keep); None where not needed.
+    keep); None where not needed. With ``up`` in place of ``d``, lora_up_backward's d of the left
+    factor of the product, made in the same pass.
     """
-    dx = da = None
+    dx = da = reduced = None
     dropout = dropout_of(seed, threshold, branch, row_offset)
+    if d is None:
+        assert product is not None and up is not None
+        factor, scale, scale_tensor = up
+        panel = _padded(factor, _padded_rank(factor.shape[1]))
+        reduced = Reduced(panel, _scale(scale, scale_tensor), dropout_of(None, 0, 0, 0))
+        d = torch.empty(product[0].shape[0], factor.shape[1], dtype=torch.float32)
     if threshold and need_dx and (need_da or product is not None):
         words = _draw(dropout, d.shape[0], a.shape[1])
         dropout = dropout.drawn(words.data_ptr(), words.shape[1])
     if need_dx:
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
-        _expand(d, fp32(a), None, dropout, dx, addend, product=product)
+        _expand(d, fp32(a), None, dropout, dx, addend, product=product, reduced=reduced)
     if need_da:
         assert x is not None
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -230,6 +272,7 @@ def _expand(
     addend: Tensor | None,
     addend_scale: Tensor | None = None,
     product: Product | None = None,
+    reduced: Reduced | None = None,  # t is written
 ) -> None:
     if addend is not None and addend.dtype not in (torch.float32, out.dtype):
         raise TypeError(f"addend: expected torch.float32 or {out.dtype}, got {addend.dtype}")
@@ -250,4 +293,9 @@ def _expand(
         return
     x, w = product
     transposed = w.stride(1) != 1
-    cpu().base_product(matrix(x), matrix(w.t() if transposed else w), transposed, *arguments)
+    reduction = None
+    if reduced is not None:
+        panel, scale, mask = reduced
+        reduction = cpu().Reduction(panel.data_ptr(), scale, mask, t.data_ptr())
+    left, right = matrix(x), matrix(w.t() if transposed else w)
+    cpu().base_product(left, right, transposed, reduction, *arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -123,8 +123,19 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
     owners = _owners(counts)
     draws = _draws(owners, seeds, thresholds, streams)
     scales = [branch_scale(*pair) for pair in zip(scalings, thresholds, strict=True)]
-    ts = _down(prims, x, a, scales, scaling_tensors, draws)
     projections = ranges(counts)
+    through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
+    products, layers = {}, {}
+    if prims is _native:
+        left = x.to(dtype)
+        pairs = {i: (left, w.t()) for i, w in enumerate(weights) if w is not None}
+        products = _own_products(pairs)
+        layers = {  # whose t, of x as it came, is made on the way
+            branches[0]: i
+            for i, branches in enumerate(projections)
+            if i in products and left is x and _is_one(a, branches)
+        }
+    ts = _down(prims, x, a, scales, scaling_tensors, draws, layers)
     totals = biases
     if any(lora_bias is not None for lora_bias in lora_biases):
         totals = [
@@ -136,29 +147,39 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
             )
             for i, branches in enumerate(projections)
         ]
+    ys: list[Any] = [None] * len(weights)
+    for j, i in layers.items():
+        ys[i], ts[j] = prims.lora_layer(
+            products[i], a[j], b[j], totals[i], scales[j], scaling_tensors[j],
+            **draws[j], out_dtype=dtype,
+        )  # fmt: skip
     own: Sequence[Tensor | None] = ts
     up: Sequence[Tensor | None] = b
     if any(count != 1 for count in counts):
         own = [_concatenate([ts[j] for j in branches]) for branches in projections]
         up = [_concatenate([b[j] for j in branches]) for branches in projections]
-    through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
-    products = {} if through_fp32 else _own_products(prims, x, weights, dtype)
     first = [i for i, t in enumerate(own) if t is not None and bases[i] is None]
     separate = [] if through_fp32 else [i for i in first if i not in products]
     sums = _up(prims, separate, own, up, totals, dtype) if separate else {}
-    ys = []
     for i, (t, factor) in enumerate(zip(own, up, strict=True)):
+        if ys[i] is not None:
+            continue
         if t is None:
-            ys.append(_plain_linear(x, weights[i], totals[i], dtype))
+            ys[i] = _plain_linear(x, weights[i], totals[i], dtype)
         elif i in products:
-            ys.append(prims.lora_up(t, factor, totals[i], out_dtype=dtype, product=products[i]))
+            ys[i] = prims.lora_up(t, factor, totals[i], out_dtype=dtype, product=products[i])
         elif i in sums:
-            ys.append(sums[i].addmm_(x.to(dtype), weights[i].to(dtype).t()))
+            ys[i] = sums[i].addmm_(x.to(dtype), weights[i].to(dtype).t())
         else:
             base = _gemm.linear_fp32(x, weights[i]) if bases[i] is None else bases[i]
             out_dtype = dtype if bases[i] is None else base.dtype
-            ys.append(prims.lora_up(t, factor, totals[i], out_dtype=out_dtype, addend=base))
+            ys[i] = prims.lora_up(t, factor, totals[i], out_dtype=out_dtype, addend=base)
     return ys, ts
+
+
+def _is_one(factors: Sequence[Tensor], branches: range) -> bool:
+    """True for one branch, of a rank that the C++ kernels sum in one go."""
+    return len(branches) == 1 and min(factors[branches[0]].shape) <= _native.MAX_RANK
 
 
 def _group(prims: ModuleType) -> ModuleType:
@@ -191,17 +212,16 @@ def _down(
     scales: Sequence[float],
     scaling_tensors: Sequence[Tensor | None],
     draws: Sequence[dict[str, Any]],
-) -> list[Tensor]:
-    """t of every branch, in one pass over x where the backend can."""
+    left_out: Container[int],
+) -> list[Any]:
+    """t of every branch, in one pass over x where the backend can; None for those left out."""
     if prims is not _native:
-        ts: list[Tensor] | None = _group(prims).lora_down_group(
-            x, a, scales, scaling_tensors, draws
-        )
+        ts: list[Any] | None = _group(prims).lora_down_group(x, a, scales, scaling_tensors, draws)
         if ts is not None:
             return ts
     return [
-        prims.lora_down(x, *branch, **draw)
-        for *branch, draw in zip(a, scales, scaling_tensors, draws, strict=True)
+        None if j in left_out else prims.lora_down(x, *branch, **draw)
+        for j, (*branch, draw) in enumerate(zip(a, scales, scaling_tensors, draws, strict=True))
     ]
 
 
@@ -222,15 +242,16 @@ def _up(
     return {i: prims.lora_up(ts[i], bs[i], biases[i], out_dtype=dtype) for i in chosen}
 
 
-def _own_products(
-    prims: ModuleType, x: Tensor, weights: Sequence[Tensor | None], dtype: torch.dtype
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """x and W^T of the projections whose base product the branch's kernel takes with it."""
-    if prims is not _native or dtype != torch.bfloat16:
-        return {}
-    x = x.to(dtype)
-    pairs = ((i, w.to(dtype).t()) for i, w in enumerate(weights) if w is not None)
-    return {i: (x, w) for i, w in pairs if _native.takes_product(x, w)}
+def _own_products(products: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Those of the products with base weights, left [M, K] and right [K, N] by projection, that the
+    kernel of a branch takes with it.
+    """
+    cast = ((i, left, right.to(left.dtype)) for i, (left, right) in products.items())
+    return {
+        i: (left, right)
+        for i, left, right in cast
+        if _native.takes_product(left, right) and not _gemm.through_fp32(left.device, left.dtype)
+    }
 
 
 def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -263,8 +284,15 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     owners = _owners(counts)
     alive = [j for j, i in enumerate(owners) if dys[i] is not None]
     scales = [branch_scale(*pair) for pair in zip(scalings, thresholds, strict=True)]
+    products = _with_weights(dys, weights)
+    own = _own_products(products) if prims is _native and need.x else {}
+    layers = {
+        j: (b[j], scales[j], scaling_tensors[j])
+        for j in alive
+        if owners[j] in own and owners[j] not in owners[:j] and b[j].shape[1] <= _native.MAX_RANK
+    }
     ds, dbs = _up_backward(
-        prims, alive, [dys[i] for i in owners], ts, b, scales, scaling_tensors, need
+        prims, alive, [dys[i] for i in owners], ts, b, scales, scaling_tensors, need, layers
     )
     dws = [
         _gemm.weight_gradient(dy, x, weight.dtype) if flag and x is not None else None
@@ -272,7 +300,9 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     ]
     dbiases, dlora_biases = bias_gradients(dys, scaling_tensors, scalings, counts, need)
     draws = _draws(owners, seeds, thresholds, streams)
-    dx, das = _input_side(prims, dys, x, weights, a, ds, need, draws, owners, dtype=x_dtype)
+    dx, das = _input_side(
+        prims, first_given(dys), x, products, own, layers, a, ds, need, draws, owners, dtype=x_dtype
+    )
     wanted = [dx, *dws, *dbiases, *das, *dbs, *dlora_biases]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
 
@@ -286,8 +316,11 @@ def _up_backward(
     scales: Sequence[float],
     scaling_tensors: Sequence[Tensor | None],
     need: Needs,
-) -> tuple[dict[int, Tensor], list[Tensor | None]]:
-    """d and dB of the branches whose output got a gradient; d is missing where not needed."""
+    layers: Container[int],
+) -> tuple[dict[int, Any], list[Tensor | None]]:
+    """d and dB of the branches whose output got a gradient; d is missing where not needed, and None
+    of ``layers``.
+    """
     dbs: list[Tensor | None] = [None] * len(b)
     both = all((need.x or need.a[j]) and need.b[j] for j in alive)
     if both and len(alive) > 1 and prims is not _native:
@@ -297,29 +330,32 @@ def _up_backward(
             for j, db in zip(alive, grouped[1], strict=True):
                 dbs[j] = db
             return dict(zip(alive, grouped[0], strict=True)), dbs
-    ds: dict[int, Tensor] = {}
+    ds: dict[int, Any] = {}
     for j in alive:
+        wanted = need.x or need.a[j]
         d, dbs[j] = prims.lora_up_backward(
             dys[j],
             ts[j],
             b[j],
             scales[j],
             scaling_tensors[j],
-            need_d=need.x or need.a[j],
+            need_d=wanted and j not in layers,
             need_db=need.b[j],
         )
-        if d is not None:
+        if wanted:
             ds[j] = d
     return ds, dbs
 
 
 def _input_side(
     prims: ModuleType,
-    dys: Sequence[Tensor | None],
+    first: Tensor,
     x: Tensor | None,
-    weights: Sequence[Tensor | None],
+    products: dict[int, tuple[Tensor, Tensor]],
+    own: dict[int, tuple[Tensor, Tensor]],
+    layers: dict[int, tuple[Tensor, float, Tensor | None]],
     a: Sequence[Tensor],
-    ds: dict[int, Tensor],
+    ds: dict[int, Any],
     need: Needs,
     draws: Sequence[dict[str, Any]],
     owners: Sequence[int],
@@ -330,17 +366,11 @@ def _input_side(
 
     Through fp32, the sum travels in an fp32 addend and only the last branch rounds. Otherwise the
     branches are written first, in C++ each onto the sum of those before it and, where the kernels
-    take it, with dy W in the same rounding; addmm adds what is left on top, which hides a read of
-    dx.
+    take it (``own``), with dy W in the same rounding and with d of ``layers`` on the way; addmm
+    adds what is left of ``products`` on top, which hides a read of dx.
     """
-    products = _with_weights(dys, weights)
-    first = first_given(dys)
     fp32 = prims is _native and _gemm.through_fp32(first.device, first.dtype)
     total: Tensor | None = None
-    own = {}
-    if need.x and prims is _native and not fp32:
-        pairs = {i: (dy, weight.to(dy.dtype)) for i, (dy, weight) in products.items()}
-        own = {i: pair for i, pair in pairs.items() if _native.takes_product(*pair)}
     if need.x and fp32:
         for dy, weight in products.values():
             base = _gemm.linear_backward_fp32(dy, weight)
@@ -357,10 +387,9 @@ def _input_side(
         rounds = position == len(ds) or not fp32
         extra: dict[str, Any] = {}
         if prims is _native:
-            product = own.pop(owners[j], None)
-            if product is not None:
-                del products[owners[j]]
-            extra = {"addend": total, "product": product}
+            takes = owners[j] in own and products.pop(owners[j], None) is not None
+            product = own[owners[j]] if takes else None
+            extra = {"addend": total, "product": product, "up": layers.get(j)}
         part, das[j] = prims.lora_down_backward(
             d,
             a[j],
@@ -387,7 +416,7 @@ def _down_backward_group(
     prims: ModuleType,
     x: Tensor | None,
     a: Sequence[Tensor],
-    ds: dict[int, Tensor],
+    ds: dict[int, Any],
     need: Needs,
     draws: Sequence[dict[str, Any]],
     dtype: torch.dtype,

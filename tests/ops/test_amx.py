@@ -251,6 +251,36 @@ def test_only_the_branch_of_a_base_product_is_dropped(need_da, dtype, isa):
 
 
 @pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize(("rows", "features", "rank"), [(70, 96, 16), (600, 130, 33), (64, 31, 1)])
+def test_a_layer_in_one_pass_equals_its_two_products(rows, features, rank, count, p, isa):
+    """Few rows share out the columns, and then several threads make the same rows of t."""
+    x, w, _, b = base_operands(rows, features, 250, rank, "transposed")
+    a, bias, scale = torch.randn(rank, features), torch.randn(250), torch.tensor(0.5)
+    with build(isa), threads(count):
+        y, t = _native.lora_layer((x, w), a, b, bias, 3.0, scale, **draws(p), out_dtype=x.dtype)
+        down = _native.lora_down(x, a, 3.0, scale, **draws(p))
+        up = _native.lora_up(down, b, bias, out_dtype=x.dtype, product=(x, w))
+    assert torch.equal(t, down) and torch.equal(y, up)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("rows", [70, 600])
+def test_the_backward_of_a_layer_in_one_pass_equals_its_two(rows, count, p, isa):
+    dy, w, _, b = base_operands(rows, 250, 130, 16)
+    b, a, x = torch.randn(250, 16), torch.randn(16, 130), torch.randn(rows, 130).bfloat16()
+    call = {**draws(p), "dx_dtype": x.dtype, "need_dx": True, "need_da": True, "product": (dy, w)}
+    with build(isa), threads(count):
+        fused = _native.lora_down_backward(None, a, x, **call, up=(b, 2.0, None))
+        d, _ = _native.lora_up_backward(dy, None, b, 2.0, None, need_d=True, need_db=False)
+        apart = _native.lora_down_backward(d, a, x, **call)
+    assert all(torch.equal(one, two) for one, two in zip(fused, apart, strict=True))
+
+
+@pytest.mark.parametrize("isa", TILES)
 @pytest.mark.parametrize("depth", [1500, 5000])
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
 def test_a_deep_product_is_a_sum_in_fp32(depth, layout, isa):
@@ -321,12 +351,11 @@ def test_lora_linear_takes_each_base_product_once(counts, isa, monkeypatch):
         projections.append(LoraProjection(torch.randn(40 + i, 96).bfloat16(), None, branches))
     leaves = [x, *(branch.a for p in projections for branch in p.branches)]
     taken = []
-    original = _native.lora_up, _native.lora_down_backward
 
     def counted(call):
-        def wrapped(*args, product=None, **kwargs):
-            taken.append(product is not None)
-            return call(*args, product=product, **kwargs)
+        def wrapped(*args, **kwargs):
+            taken.append(call is layer or kwargs.get("product") is not None)
+            return call(*args, **kwargs)
 
         return wrapped
 
@@ -335,8 +364,9 @@ def test_lora_linear_takes_each_base_product_once(counts, isa, monkeypatch):
         grads = torch.autograd.grad(sum(y.float().square().sum() for y in ys), leaves)
         return [y.detach() for y in ys], grads
 
-    for name, call in zip(("lora_up", "lora_down_backward"), original, strict=True):
-        monkeypatch.setattr(_native, name, counted(call))
+    layer = _native.lora_layer
+    for name in ("lora_layer", "lora_up", "lora_down_backward"):
+        monkeypatch.setattr(_native, name, counted(getattr(_native, name)))
     with build(isa):
         ys, grads = run()
     with_lora = sum(count > 0 for count in counts)

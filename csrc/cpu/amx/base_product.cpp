@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "amx/expand_blocks.h"
+#include "amx/long_sums.h"
 #include "transpose.h"
 
 namespace fasttune::cpu::FASTTUNE_ISA {
@@ -124,16 +125,19 @@ struct Call {
   const Matrix& w;
   bool transposed;
   const float* t;
+  const Reduction* reduction;
   const float* factor;
   int64_t rank;
   const ExpandTerms& terms;
   const KeepMask& mask;
+  const KeepMask& reduction_mask;
   const MutableMatrix& out;
   Steps steps;
 
   // Rows apart by a multiple of 2048 bytes share two sets of the first-level cache.
   bool in_place() const { return x.cols % kTileDepth == 0 && 2 * x.stride % 2048 != 0; }
   int64_t panel_elements() const { return steps.all() * kStepElements; }
+  int64_t reduction_elements() const { return reduction ? terms_elements(x.cols, rank) : 0; }
   int64_t chunk_blocks() const {
     return std::max<int64_t>(1, kChunkBytes / (2 * panel_elements()));
   }
@@ -147,12 +151,21 @@ class Chunk {
     const int64_t packed = call.in_place() ? 1 : blocks;
     return (packed * call.steps.base + blocks * call.steps.lora) * kStepElements;
   }
-  Chunk(const Call& call, int64_t first, int64_t count, uint16_t* buffer)
+  // `terms` are the tiles of the reduction's panel; of the threads that share rows, one `writes` t.
+  Chunk(const Call& call, int64_t first, int64_t count, const uint16_t* terms, bool writes,
+        uint16_t* buffer)
       : call_(call), first_(first), lora_(buffer), rows_(buffer + count * lora_elements()) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = (first + i) * kRowsOfBlock;
-      split_left(call.t + row * call.rank, call.rank, std::min(kRowsOfBlock, call.x.rows - row),
-                 lora_ + i * lora_elements());
+      const int64_t rows = std::min(kRowsOfBlock, call.x.rows - row);
+      alignas(64) float reduced[kRowsOfBlock * kMaxRank];
+      const float* t = call.t + row * call.rank;
+      if (const Reduction* reduction = call.reduction) {
+        reduce_rows(call.x, terms, call.rank, reduction->scale, call.reduction_mask, reduced, row);
+        if (writes) std::copy_n(reduced, rows * call.rank, reduction->out + row * call.rank);
+        t = reduced;
+      }
+      split_left(t, call.rank, rows, lora_ + i * lora_elements());
       if (!in_place(i)) pack_rows(call.x, row, call.steps.base, packed(i));
     }
   }
@@ -209,10 +222,14 @@ void multiply_panel(const Call& call, const Chunk& chunk, int64_t first, int64_t
 template <typename Finish>
 void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&& finish) {
   const int64_t elements = call.panel_elements(), base = call.steps.base;
-  uint16_t* packed = buffer;
+  uint16_t *packed = buffer, *terms = packed + kPanelsPacked * elements;
+  if (call.reduction)
+    for (int64_t item = 0; item < tiles_of_terms(call.x.cols, call.rank); ++item)
+      split_item(call.reduction->panel, call.x.cols, call.rank, item, terms);
   for (int64_t first = part.first_block; first < part.end_block; first += call.chunk_blocks()) {
     const int64_t count = std::min(call.chunk_blocks(), part.end_block - first);
-    const Chunk chunk(call, first, count, buffer + kPanelsPacked * elements);
+    const Chunk chunk(call, first, count, terms, part.first_panel == 0,
+                      terms + call.reduction_elements());
     for (int64_t panel = part.first_panel; panel < part.end_panel; panel += kPanelsPacked) {
       const int64_t panels = std::min(kPanelsPacked, part.end_panel - panel);
       pack_panels(call.w, call.transposed, panel * kColumnsOfPanel, panels, base, packed, elements);
@@ -229,24 +246,27 @@ void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&
 }  // namespace
 
 void base_product(const Matrix& x, const Matrix& w, bool transposed, const float* t,
-                  const float* factor, int64_t rank, const ExpandTerms& terms,
-                  const Dropout& dropout, const MutableMatrix& out, int threads) {
-  const KeepMask mask(dropout);
+                  const Reduction* reduction, const float* factor, int64_t rank,
+                  const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
+                  int threads) {
+  const KeepMask mask(dropout), reduction_mask(reduction ? reduction->dropout : Dropout{});
   const Call call{
       x,
       w,
       transposed,
       t,
+      reduction,
       factor,
       rank,
       terms,
       mask,
+      reduction_mask,
       out,
       {(x.cols + kTileDepth - 1) / kTileDepth, padded_rank(rank) / kLanes * kStepsOfRanks}};
   const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
                   (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel, threads);
   const int64_t blocks = (grid.blocks + grid.row_parts - 1) / grid.row_parts;
-  const int64_t elements = kPanelsPacked * call.panel_elements() +
+  const int64_t elements = kPanelsPacked * call.panel_elements() + call.reduction_elements() +
                            Chunk::elements(call, std::min(call.chunk_blocks(), blocks));
   const int64_t parts = grid.parts();
   std::atomic<bool> no_memory{false};  // nothing may be thrown out of a parallel region

@@ -11,7 +11,8 @@ void lora_outer(const Matrix& x, const float* t, int64_t rank, const Dropout& dr
 void lora_expand(const float* t, const float* panel, int64_t rank, const ExpandTerms& terms,
                  const Dropout& dropout, const MutableMatrix& out, int threads);
 void base_product(const Matrix& x, const Matrix& w, bool transposed, const float* t,
-                  const float* factor, int64_t rank, const ExpandTerms& terms,
-                  const Dropout& dropout, const MutableMatrix& out, int threads);
+                  const Reduction* reduction, const float* factor, int64_t rank,
+                  const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
+                  int threads);
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA
