@@ -46,8 +46,13 @@ def is_small_in_eager(
         if not ask(x, *facts):
             return False
         remember_small(record, x.numel())
-    record.fallbacks[_TOO_SMALL] += 1
+    count_small(record)
     return True
+
+
+def count_small(record: state.ModuleState) -> None:
+    """A call has taken the original forward for its size."""
+    record.fallbacks[_TOO_SMALL] += 1
 
 
 def remember_small(record: state.ModuleState, size: Any) -> None:
@@ -60,7 +65,7 @@ def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
     small = record.small
     if small is None or small[0] != size or not _holds(small, x):
         return False
-    record.fallbacks[_TOO_SMALL] += 1
+    count_small(record)
     return True
 
 

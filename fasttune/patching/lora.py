@@ -83,7 +83,10 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
     if (
         plain
         and not assignment.anywhere()
-        and guard.is_small_in_eager(record, x, lora_too_small, layer.out_features)
+        and (
+            guard.is_small_in_eager(record, x, lora_too_small, layer.out_features)
+            or _is_small_without_dropout(layer, record, x)
+        )
     ):
         record.mixed = False
         return original(layer, x)
@@ -110,6 +113,21 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         record.known = None  # it keeps tensors alive that the layer may have parted with
         state.note_fallback(record, reason)
     return original(layer, x, *args, **kwargs)
+
+
+def _is_small_without_dropout(layer: Any, record: state.ModuleState, x: Any) -> bool:
+    """Whether PEFT's forward is as fast because nothing is dropped; counted if it is. It reads the
+    dropouts anew, because one that is added makes our forward the faster one.
+    """
+    if type(x) is not Tensor:
+        return False
+    dropouts = layer._modules["lora_dropout"]._modules.values() if layer.training else ()
+    if any([type(dropout) is not nn.Identity for dropout in dropouts]):
+        return False
+    if not lora_not_faster(x, layer.out_features, ()):
+        return False
+    guard.count_small(record)
+    return True
 
 
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:

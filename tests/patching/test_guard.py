@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from tiny_models import gradients, relative
@@ -74,6 +75,34 @@ def test_a_size_is_compared_as_it_was_given(record: ModuleState):
 @pytest.mark.parametrize("x", [None, [1.0], nn.Parameter(torch.zeros(2))])
 def test_other_than_a_plain_tensor_is_never_small(record: ModuleState, x: object):
     assert not guard.is_small(record, x, Asked(below=100))
+
+
+@pytest.mark.limits
+def test_a_lora_layer_that_drops_nothing_is_small_for_longer():
+    """Asked before anything is read of the layer but its dropouts, and those at every call."""
+    model = nn.Sequential(nn.Linear(512, 512))
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = fasttune.patch(peft.get_peft_model(model, config).train())
+    (layer,) = (m for m in model.modules() if hasattr(m, "lora_A"))
+    x = torch.randn(512, 512)
+
+    def runs_fused() -> bool:
+        before = fasttune.explain(model).layers[0].fallbacks.get(guard.TOO_SMALL.text, 0)
+        model(x)
+        after = fasttune.explain(model).layers[0].fallbacks.get(guard.TOO_SMALL.text, 0)
+        return after == before
+
+    assert policy.limits.lora_dropout <= 2 * x.numel() < policy.limits.lora_fp32
+    assert not runs_fused()
+    layer.lora_dropout["default"] = nn.Dropout(0.1)
+    assert runs_fused()
+    model.eval()
+    assert not runs_fused()
+    layer.lora_dropout["default"] = nn.Identity()
+    model.train()
+    assert not runs_fused()
+    x = torch.randn(1024, 512)
+    assert runs_fused()
 
 
 @pytest.mark.limits
