@@ -14,7 +14,9 @@ namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
 constexpr int64_t kChunkBytes = 1664 << 10;  // of packed x: most of a second-level cache of 2 MB
-constexpr int64_t kPanelsPacked = 4;         // at a time
+// Panels packed at a time. A row of w [K, N] may be far from the next, and is then read for all of
+// them; a panel of w [N, K] is read from rows of its own, and best used at once.
+constexpr int64_t kPanelsPacked = 4, kTransposedPacked = 1;
 
 inline const uint16_t* at(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<const uint16_t*>(m.data) + row * m.stride + col;
@@ -76,7 +78,6 @@ void pack_pairs(const Matrix& w, int64_t k, int64_t col, int64_t panels, uint16_
 void pack_panels(const Matrix& w, bool transposed, int64_t col, int64_t panels, int64_t steps,
                  uint16_t* packed, int64_t panel_elements) {
   if (!transposed) {
-    // Side by side: a row of w [K, N] may be far from the next, and is then read for all of them.
     for (int64_t step = 0; step < steps; ++step)
       pack_pairs(w, step * kTileDepth, col, panels, packed + step * kStepElements, panel_elements);
     return;
@@ -222,6 +223,7 @@ void multiply_panel(const Call& call, const Chunk& chunk, int64_t first, int64_t
 template <typename Finish>
 void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&& finish) {
   const int64_t elements = call.panel_elements(), base = call.steps.base;
+  const int64_t together = call.transposed ? kTransposedPacked : kPanelsPacked;
   uint16_t *packed = buffer, *terms = packed + kPanelsPacked * elements;
   if (call.reduction)
     for (int64_t item = 0; item < tiles_of_terms(call.x.cols, call.rank); ++item)
@@ -230,8 +232,8 @@ void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&
     const int64_t count = std::min(call.chunk_blocks(), part.end_block - first);
     const Chunk chunk(call, first, count, terms, part.first_panel == 0,
                       terms + call.reduction_elements());
-    for (int64_t panel = part.first_panel; panel < part.end_panel; panel += kPanelsPacked) {
-      const int64_t panels = std::min(kPanelsPacked, part.end_panel - panel);
+    for (int64_t panel = part.first_panel; panel < part.end_panel; panel += together) {
+      const int64_t panels = std::min(together, part.end_panel - panel);
       pack_panels(call.w, call.transposed, panel * kColumnsOfPanel, panels, base, packed, elements);
       for (int64_t i = 0; i < panels; ++i) {
         const int64_t col = (panel + i) * kColumnsOfPanel;
