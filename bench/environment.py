@@ -43,7 +43,8 @@ def hardware() -> dict[str, Any]:
 
 def hardware_slug(facts: dict[str, Any]) -> str:
     """A file name part for ``hardware()``."""
-    name = facts["gpu"] or f"{facts['cpu']} {facts['threads']} threads"
+    amx = "amx " if "amx_bf16" in facts["features"] else ""  # one brand, with tiles and without
+    name = facts["gpu"] or f"{facts['cpu']} {amx}{facts['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
