@@ -15,9 +15,6 @@ constexpr int64_t kWideTiles = 4;  // tiles of sums beside two of the left opera
 
 inline int64_t padded_depth(int64_t width) { return divide_up(width, kTileDepth) * kTileDepth; }
 inline uint16_t* halves(float* buffer) { return reinterpret_cast<uint16_t*>(buffer); }
-inline __mmask32 lower_lanes(int64_t count) {
-  return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1;
-}
 
 // Rows of one head as they are stored: `rows` of them, zero beyond, `width` features each.
 struct StoredRows {

@@ -22,11 +22,6 @@ inline const uint16_t* at(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<const uint16_t*>(m.data) + row * m.stride + col;
 }
 
-// The first `count` of 32 lanes.
-inline __mmask32 halves_left(int64_t count) {
-  return lanes_of_pair(lanes_left(count), lanes_left(count - kLanes));
-}
-
 // The steps of 32 rows of x, zero beyond it.
 void pack_rows(const Matrix& x, int64_t row, int64_t steps, uint16_t* block) {
   for (int64_t i = 0; i < kRowsOfBlock; ++i) {
@@ -37,7 +32,7 @@ void pack_rows(const Matrix& x, int64_t row, int64_t steps, uint16_t* block) {
       const uint16_t* from = left > 0 ? at(x, row + i, step * kTileDepth) : to;
       _mm512_store_si512(to, left >= kTileDepth
                                  ? _mm512_loadu_si512(from)
-                                 : _mm512_maskz_loadu_epi16(halves_left(left), from));
+                                 : _mm512_maskz_loadu_epi16(lower_lanes(left), from));
     }
   }
 }
@@ -51,7 +46,7 @@ void pack_transposed(const Matrix& w, int64_t row, int64_t k, uint16_t* tile) {
   for (int64_t i = 0; i < kTileSide; ++i) {
     const int64_t left = row + i < w.rows ? w.cols - k : 0;
     const uint16_t* from = left > 0 ? at(w, row + i, k) : rows;
-    _mm512_store_si512(rows + i * kTileDepth, _mm512_maskz_loadu_epi16(halves_left(left), from));
+    _mm512_store_si512(rows + i * kTileDepth, _mm512_maskz_loadu_epi16(lower_lanes(left), from));
   }
   transpose_16(reinterpret_cast<const float*>(rows), kLanes, to, kLanes);
 }
@@ -63,7 +58,7 @@ void pack_pairs(const Matrix& w, int64_t k, int64_t col, int64_t panels, uint16_
   const auto row = [&](int64_t i, int64_t c, const uint16_t* none) {
     if (whole) return _mm512_loadu_si512(at(w, k + i, c));
     const int64_t left = k + i < w.rows ? w.cols - c : 0;
-    return _mm512_maskz_loadu_epi16(halves_left(left), left > 0 ? at(w, k + i, c) : none);
+    return _mm512_maskz_loadu_epi16(lower_lanes(left), left > 0 ? at(w, k + i, c) : none);
   };
   for (int64_t p = 0; p < kTileSide; ++p, tiles += kTileDepth)
     for (int64_t panel = 0; panel < panels; ++panel) {

@@ -13,14 +13,6 @@ constexpr int64_t kColumnsOfPanel = 2 * kTileSide;
 constexpr int64_t kStepElements = 2 * kTileElements;
 constexpr int64_t kStepsOfRanks = 3;  // that 16 ranks of LoRA take
 
-// The first `count` of 16 lanes.
-inline __mmask16 lanes_left(int64_t count) {
-  return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-}
-inline __mmask32 lanes_of_pair(__mmask16 first, __mmask16 second) {
-  return first | static_cast<__mmask32>(second) << kLanes;
-}
-
 // 32 rows as tiles: 16 rows each, `stride` bytes apart, the next step's `step` elements further.
 struct Block {
   const uint16_t *upper, *lower;
@@ -77,7 +69,7 @@ inline void store_results(float* results) {
 inline void split_left(const float* t, int64_t rank, int64_t rows, uint16_t* block) {
   constexpr int kLeft[3] = {0, 1, 0}, kRight[3] = {0, 1, 2};
   for (int64_t first = 0; first < rank; first += kLanes) {
-    const __mmask16 valid = lanes_left(rank - first);
+    const __mmask16 valid = lower_floats(rank - first);
     for (int64_t i = 0; i < kRowsOfBlock; ++i) {
       const Terms terms =
           split(i < rows ? (vf)_mm512_maskz_loadu_ps(valid, t + i * rank + first) : vf{});
@@ -102,7 +94,7 @@ inline void split_right(const float* factor, int64_t rank, int64_t cols, int64_t
   for (int64_t first = 0; first < rank; first += kLanes, panel += kStepsOfRanks * kStepElements)
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t c = col + half * kTileSide;
-      const __mmask16 valid = lanes_left(cols - c);
+      const __mmask16 valid = lower_floats(cols - c);
       const auto ranks = [&](int64_t r) {
         return split(r < rank && valid ? (vf)_mm512_maskz_loadu_ps(valid, factor + r * cols + c)
                                        : vf{});
@@ -147,7 +139,7 @@ inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second
     if (second == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to), lanes);
     else
-      _mm512_mask_storeu_epi16(to, lanes_of_pair(first, second), lanes);
+      _mm512_mask_storeu_epi16(to, first | static_cast<__mmask32>(second) << kLanes, lanes);
   }
 }
 
@@ -159,7 +151,7 @@ template <typename A, typename R, typename Bits>
 inline void finish(const float* results, const float* dropped, Bits&& bits,
                    const ExpandTerms& terms, const MutableMatrix& out, int64_t row, int64_t col) {
   const int64_t rows = std::min(kRowsOfBlock, out.rows - row), left = out.cols - col;
-  const __mmask16 first = lanes_left(left), second = lanes_left(left - kLanes);
+  const __mmask16 first = lower_floats(left), second = lower_floats(left - kLanes);
   const auto at = [&](const float* vector) { return load_row(vector + col, first, second); };
   const Lanes none{}, bias = terms.bias ? at(terms.bias) : none;
   const Lanes scale = terms.addend_scale ? at(terms.addend_scale) : none;

@@ -170,6 +170,12 @@ inline Terms split(vf v) {
   return terms;
 }
 
+// The first `count` of 32 lanes of bf16, of 16 of fp32.
+inline __mmask32 lower_lanes(int64_t count) {
+  return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1;
+}
+inline __mmask16 lower_floats(int64_t count) { return static_cast<__mmask16>(lower_lanes(count)); }
+
 // 32 values in bf16, rounded to nearest even; what is below 2^-126 becomes zero.
 inline __m512i rounded(vf low, vf high) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
