@@ -30,11 +30,13 @@ class Reduced(NamedTuple):
     dropout: Any
 
 
-def takes_product(x: Tensor, w: Tensor, *, deep: bool = False) -> bool:
+def takes_product(x: Tensor, w: Tensor, *, deep: bool = False, cast: bool = False) -> bool:
     """True if x w, x [M, K] and w [K, N], is faster as part of a product of LoRA than the vendor's:
-    both bf16, on tiles. ``deep`` asks for deep_product.
+    both bf16, on tiles. ``deep`` asks for deep_product, ``cast`` about w once it has x's dtype.
     """
-    if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16 or x.shape[0] < _FEWEST_ROWS:
+    if x.dtype != torch.bfloat16 or x.shape[0] < _FEWEST_ROWS:
+        return False
+    if not cast and w.dtype != torch.bfloat16:
         return False
     by_rows = w.stride(1) == 1
     if not (by_rows or w.stride(0) == 1) or x.stride(1) != 1 or x.is_neg() or w.is_neg():

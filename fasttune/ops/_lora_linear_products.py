@@ -246,11 +246,11 @@ def _own_products(products: dict[int, tuple[Tensor, Tensor]]) -> dict[int, tuple
     """Those of the products with base weights, left [M, K] and right [K, N] by projection, that the
     kernel of a branch takes with it.
     """
-    cast = ((i, left, right.to(left.dtype)) for i, (left, right) in products.items())
     return {
-        i: (left, right)
-        for i, left, right in cast
-        if _native.takes_product(left, right) and not _gemm.through_fp32(left.device, left.dtype)
+        i: (left, right.to(left.dtype))
+        for i, (left, right) in products.items()
+        if _native.takes_product(left, right, cast=True)
+        and not _gemm.through_fp32(left.device, left.dtype)
     }
 
 

@@ -15,7 +15,14 @@ import pytest
 import torch
 
 from fasttune import _native
-from fasttune.ops import LoraBranch, LoraProjection, _dropout, attention, lora_linear_group
+from fasttune.ops import (
+    LoraBranch,
+    LoraProjection,
+    _dropout,
+    attention,
+    lora_linear,
+    lora_linear_group,
+)
 from fasttune.testing.numerics import largest_error
 
 AVAILABLE = _native.cpu().isa_available().split(",")
@@ -320,6 +327,36 @@ def test_what_is_not_finite_in_a_base_product_stays_in_its_row_or_column(place, 
 
 
 @pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize(("depth", "columns"), [(0, 40), (40, 0)])
+def test_empty_base_products(depth, columns, isa):
+    x, w = torch.empty(70, depth).bfloat16(), torch.empty(depth, columns).bfloat16()
+    t, b = torch.randn(70, 4), torch.randn(columns, 4)
+    with build(isa):
+        y = _native.lora_up(t, b, None, out_dtype=torch.bfloat16, product=(x, w))
+    torch.testing.assert_close(y.float(), t @ b.T, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_model_under_autocast_multiplies_on_tiles(dtype, isa):
+    """The products go in rounded to bf16; the branch reads x as it came."""
+    x = torch.randn(80, 96, dtype=dtype, requires_grad=True)
+    w, a, b = torch.randn(72, 96, dtype=dtype), torch.randn(4, 96), torch.randn(72, 4)
+    dy = torch.randn(80, 72).bfloat16()
+    with build(isa), torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, w, a, b)
+    with build(isa):
+        (dx,) = torch.autograd.grad(y, x, dy)
+    rounded, weight = x.detach().bfloat16().double(), w.bfloat16().double()
+    exact = rounded @ weight.T + x.detach().double() @ a.double().T @ b.double().T
+    backward = dy.double() @ weight + dy.double() @ b.double() @ a.double()
+    assert y.dtype == torch.bfloat16 and dx.dtype == dtype
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-4)
+    rtol = 2**-8 if dtype == torch.bfloat16 else 2**-16
+    torch.testing.assert_close(dx.double(), backward, rtol=rtol, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", TILES)
 def test_which_base_products_are_taken(isa):
     x, w = torch.randn(64, 96).bfloat16(), torch.randn(96, 80).bfloat16()
     with build("avx512"):
@@ -329,6 +366,7 @@ def test_which_base_products_are_taken(isa):
         assert not _native.takes_product(x[:63], w)
         assert not _native.takes_product(x.float(), w)
         assert not _native.takes_product(x, w.half())
+        assert _native.takes_product(x, w.half(), cast=True)
         assert not _native.takes_product(x[:, ::2], w[::2])
         assert not _native.takes_product(x, torch.randn(96, 80, 2).bfloat16()[..., 0])
         deep = torch.empty(64, 5000, dtype=torch.bfloat16)
