@@ -42,12 +42,17 @@ def takes_product(x: Tensor, w: Tensor, *, deep: bool = False, cast: bool = Fals
     if not (by_rows or w.stride(0) == 1) or x.stride(1) != 1 or x.is_neg() or w.is_neg():
         return False
     deepest = _DEEPEST if by_rows else _DEEPEST_TRANSPOSED
-    return (deep or x.shape[1] <= deepest) and bool(cpu().has_base_product())
+    return (deep or x.shape[1] <= deepest) and has_base_product()
+
+
+def has_base_product() -> bool:
+    """True if products with base weights can run on tiles."""
+    return bool(cpu().has_base_product())
 
 
 def deep_product(x: Tensor, w: Tensor) -> Tensor:
     """x w [M, N] in fp32, of any depth K, of which takes_product(deep=True) is true."""
-    out = torch.empty(x.shape[0], w.shape[1], dtype=torch.float32)
+    out = torch.zeros(x.shape[0], w.shape[1])
     t, panel = torch.empty(x.shape[0], 0), torch.empty(0, w.shape[1])
     for start in range(0, x.shape[1], _DEPTH_OF_PASS):
         end = start + _DEPTH_OF_PASS
@@ -237,20 +242,23 @@ def lora_down_backward(
     """
     dx = da = reduced = None
     dropout = dropout_of(seed, threshold, branch, row_offset)
-    if d is None:
-        assert product is not None and up is not None
+    if d is None and up is not None:
+        assert product is not None
         factor, scale, scale_tensor = up
         panel = _padded(factor, _padded_rank(factor.shape[1]))
         reduced = Reduced(panel, _scale(scale, scale_tensor), dropout_of(None, 0, 0, 0))
         d = torch.empty(product[0].shape[0], factor.shape[1], dtype=torch.float32)
     if threshold and need_dx and (need_da or product is not None):
+        assert d is not None
         words = _draw(dropout, d.shape[0], a.shape[1])
         dropout = dropout.drawn(words.data_ptr(), words.shape[1])
     if need_dx:
+        assert d is not None
+        panel_of_a = fp32(a)
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
-        _expand(d, fp32(a), None, dropout, dx, addend, product=product, reduced=reduced)
+        _expand(d, panel_of_a, None, dropout, dx, addend, product=product, reduced=reduced)
     if need_da:
-        assert x is not None
+        assert d is not None and x is not None
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
         padded = _padded(d, _padded_rank(a.shape[0]))
         cpu().lora_outer(
@@ -297,7 +305,8 @@ def _expand(
     transposed = w.stride(1) != 1
     reduction = None
     if reduced is not None:
-        panel, scale, mask = reduced
-        reduction = cpu().Reduction(panel.data_ptr(), scale, mask, t.data_ptr())
+        # The names of the arguments stay bound: they may be all that keeps their tensors alive.
+        own = reduced.panel.data_ptr()
+        reduction = cpu().Reduction(own, reduced.scale, reduced.dropout, t.data_ptr())
     left, right = matrix(x), matrix(w.t() if transposed else w)
     cpu().base_product(left, right, transposed, reduction, *arguments)

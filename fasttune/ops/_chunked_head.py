@@ -98,12 +98,12 @@ class Head:
             return self._logits_fp32(hidden, ts, out)
         hidden, right = hidden.to(self.dtype), self.weight.to(self.dtype).t()
         if self._takes(hidden, right):
-            t, b = self._factors(hidden, ts, slice(None))
+            t, b = self._ts(hidden, ts), self._bs(slice(None))
             return _native.lora_up(
                 t, b, self.bias, out_dtype=self.dtype, product=(hidden, right), out=out
             )
         if ts:
-            t, b = self._factors(hidden, ts, slice(None))
+            t, b = self._ts(hidden, ts), self._bs(slice(None))
             out.copy_(self.prims.lora_up(t, b, self.bias, out_dtype=self.dtype))
             return out.addmm_(hidden, right)
         if self.bias is None:
@@ -113,25 +113,29 @@ class Head:
     def _takes(self, x: Tensor, right: Tensor, *, deep: bool = False) -> bool:
         return self.prims is _native and _native.takes_product(x, right, deep=deep)
 
-    def _factors(self, hidden: Tensor, ts: list[Tensor], span: slice) -> tuple[Tensor, Tensor]:
-        """t [rows, R] of all branches and their B [V, R] for a span of the vocabulary, in fp32."""
-        t = torch.cat(ts, dim=1) if ts else hidden.new_empty(len(hidden), 0, dtype=torch.float32)
+    def _ts(self, hidden: Tensor, ts: list[Tensor]) -> Tensor:
+        """t [rows, R] fp32 of all branches."""
+        if ts:
+            return torch.cat(ts, dim=1)
+        return hidden.new_empty(len(hidden), 0, dtype=torch.float32)
+
+    def _bs(self, span: slice) -> Tensor:
+        """B [V, R] fp32 of all branches, for a span of the vocabulary."""
         b = [factor[span].to(torch.float32) for factor in self.b]
-        if b:
-            return t, torch.cat(b, dim=1)
-        return t, t.new_empty(len(self.weight[span]), 0)
+        rows = self.weight[span]
+        return torch.cat(b, dim=1) if b else rows.new_empty(len(rows), 0, dtype=torch.float32)
 
     def _logits_fp32(self, hidden: Tensor, ts: list[Tensor], out: Tensor) -> Tensor:
-        rows = hidden.shape[0]
+        rows, t = hidden.shape[0], self._ts(hidden, ts)
         hidden = _gemm.as_fp32(hidden, "rows")
         step = _gemm.block_rows(self.weight.shape[1])
         for start in range(0, self.weight.shape[0], step):
             span = slice(start, min(start + step, self.weight.shape[0]))
             weight = _gemm.as_fp32(self.weight[span], "weight")
             base = torch.mm(hidden, weight.t(), out=_native.scratch("linear", rows, len(weight)))
-            t, b = self._factors(hidden, ts, span)
             bias = None if self.bias is None else self.bias[span]
-            _native.lora_up(t, b, bias, out_dtype=self.dtype, addend=base, out=out[:, span])
+            up = self._bs(span)
+            _native.lora_up(t, up, bias, out_dtype=self.dtype, addend=base, out=out[:, span])
         return out
 
     def backward(

@@ -126,10 +126,10 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
     projections = ranges(counts)
     through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
     products, layers = {}, {}
-    if prims is _native:
+    if prims is _native and dtype == torch.bfloat16 and _native.has_base_product():
         left = x.to(dtype)
-        pairs = {i: (left, w.t()) for i, w in enumerate(weights) if w is not None}
-        products = _own_products(pairs)
+        with_branches = {i: w for i, w in enumerate(weights) if w is not None and counts[i]}
+        products = _own_products({i: (left, w.t()) for i, w in with_branches.items()})
         layers = {  # whose t, of x as it came, is made on the way
             branches[0]: i
             for i, branches in enumerate(projections)
@@ -179,7 +179,7 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[list[Tensor], list[Tens
 
 def _is_one(factors: Sequence[Tensor], branches: range) -> bool:
     """True for one branch, of a rank that the C++ kernels sum in one go."""
-    return len(branches) == 1 and min(factors[branches[0]].shape) <= _native.MAX_RANK
+    return len(branches) == 1 and factors[branches[0]].shape[0] <= _native.MAX_RANK
 
 
 def _group(prims: ModuleType) -> ModuleType:
@@ -285,7 +285,12 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     alive = [j for j, i in enumerate(owners) if dys[i] is not None]
     scales = [branch_scale(*pair) for pair in zip(scalings, thresholds, strict=True)]
     products = _with_weights(dys, weights)
-    own = _own_products(products) if prims is _native and need.x else {}
+    own = {}
+    first = first_given(dys)
+    fp32 = prims is _native and _gemm.through_fp32(first.device, first.dtype)
+    if prims is _native and need.x and not fp32 and x_dtype in (torch.float32, torch.bfloat16):
+        with_branches = {owners[j] for j in alive}
+        own = _own_products({i: pair for i, pair in products.items() if i in with_branches})
     layers = {
         j: (b[j], scales[j], scaling_tensors[j])
         for j in alive
@@ -301,7 +306,7 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     dbiases, dlora_biases = bias_gradients(dys, scaling_tensors, scalings, counts, need)
     draws = _draws(owners, seeds, thresholds, streams)
     dx, das = _input_side(
-        prims, first_given(dys), x, products, own, layers, a, ds, need, draws, owners, dtype=x_dtype
+        prims, fp32, x, products, own, layers, a, ds, need, draws, owners, dtype=x_dtype
     )
     wanted = [dx, *dws, *dbiases, *das, *dbs, *dlora_biases]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
@@ -349,7 +354,7 @@ def _up_backward(
 
 def _input_side(
     prims: ModuleType,
-    first: Tensor,
+    fp32: bool,
     x: Tensor | None,
     products: dict[int, tuple[Tensor, Tensor]],
     own: dict[int, tuple[Tensor, Tensor]],
@@ -369,7 +374,6 @@ def _input_side(
     take it (``own``), with dy W in the same rounding and with d of ``layers`` on the way; addmm
     adds what is left of ``products`` on top, which hides a read of dx.
     """
-    fp32 = prims is _native and _gemm.through_fp32(first.device, first.dtype)
     total: Tensor | None = None
     if need.x and fp32:
         for dy, weight in products.values():

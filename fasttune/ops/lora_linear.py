@@ -26,8 +26,10 @@ then must be that of W. y has dtype C, dx that of x, a parameter's gradient that
 The LoRA branch uses x, dy, A and B as stored, whatever their dtypes, and keeps t and d in fp32: an
 fp32 adapter on a bf16 base is never rounded. docs/precision.md has the table of all combinations.
 
-- Vendor product in C (GPU, AMX, fp32): y0 = bias + t B^T is rounded to C, then addmm adds x W^T in
-  fp32 and rounds; under autocast x and W are rounded to C first, as torch does. dx likewise.
+- One sum on AMX tiles (bf16): bias + t B^T + x W^T, one rounding; dx likewise.
+- Vendor product in C (GPU, fp32, what tiles do not take): y0 = bias + t B^T is rounded to C, then
+  addmm adds x W^T in fp32 and rounds; under autocast x and W are rounded to C first, as torch does.
+  dx likewise.
 - Products through fp32 (other CPUs): x W^T stays in fp32 until branch and bias are added, one
   rounding.
 

@@ -119,7 +119,7 @@ def _is_small_without_dropout(layer: Any, record: state.ModuleState, x: Any) -> 
     """Whether PEFT's forward is as fast because nothing is dropped; counted if it is. It reads the
     dropouts anew, because one that is added makes our forward the faster one.
     """
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or x.dtype not in FLOATS or not _has_adapter(layer):
         return False
     dropouts = layer._modules["lora_dropout"]._modules.values() if layer.training else ()
     if any([type(dropout) is not nn.Identity for dropout in dropouts]):
@@ -127,7 +127,14 @@ def _is_small_without_dropout(layer: Any, record: state.ModuleState, x: Any) -> 
     if not lora_not_faster(x, layer.out_features, ()):
         return False
     guard.count_small(record)
+    record.known = None  # it keeps tensors alive that the layer may have parted with
     return True
+
+
+def _has_adapter(layer: Any) -> bool:
+    """Whether an active adapter is the layer's: without one it may be a member of a group."""
+    active, own = layer._active_adapter, layer._modules["lora_A"]._modules
+    return any([name in own for name in ([active] if isinstance(active, str) else active)])
 
 
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:

@@ -135,7 +135,7 @@ struct Call {
   int64_t panel_elements() const { return steps.all() * kStepElements; }
   int64_t reduction_elements() const { return reduction ? terms_elements(x.cols, rank) : 0; }
   int64_t chunk_blocks() const {
-    return std::max<int64_t>(1, kChunkBytes / (2 * panel_elements()));
+    return std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, 2 * panel_elements()));
   }
 };
 

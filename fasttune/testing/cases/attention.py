@@ -129,7 +129,19 @@ def _build(setting: Setting, device: str) -> Call:
             enable_gqa=True,
         )
 
-    return Call(leaves, fused, stock, stock, setting.autocast, ("q", "k", "v"))
+    return Call(
+        *(leaves, fused, stock, stock, setting.autocast, ("q", "k", "v")),
+        gradient_floor=_cancellation(setting, *leaves[1:]) if keys == 1 else 0.0,
+    )
+
+
+def _cancellation(setting: Setting, k: Tensor, v: Tensor) -> float:
+    """A rounding of what cancels in the gradient of q where each query sees one key: its weight is
+    1, and dout v, of a dout of about 1 an element, is taken from itself.
+    """
+    scale = setting.width**-0.5 if setting.scale is None else setting.scale
+    term = 3.0 * float(v.float().norm(dim=-1).max())
+    return torch.finfo(setting.dtype).eps * term * scale * float(k.abs().max())
 
 
 _BASE = Setting()
