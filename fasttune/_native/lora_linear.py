@@ -52,7 +52,7 @@ def has_base_product() -> bool:
 
 def deep_product(x: Tensor, w: Tensor) -> Tensor:
     """x w [M, N] in fp32, of any depth K, of which takes_product(deep=True) is true."""
-    out = torch.zeros(x.shape[0], w.shape[1])
+    out = torch.zeros(x.shape[0], w.shape[1])  # what it is for a K of 0
     t, panel = torch.empty(x.shape[0], 0), torch.empty(0, w.shape[1])
     for start in range(0, x.shape[1], _DEPTH_OF_PASS):
         end = start + _DEPTH_OF_PASS

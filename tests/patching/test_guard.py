@@ -106,6 +106,20 @@ def test_a_lora_layer_that_drops_nothing_is_small_for_longer():
 
 
 @pytest.mark.limits
+def test_a_layer_without_an_active_adapter_is_not_called_small():
+    """Its group may compute it, so that it must not be turned away before it is asked for."""
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "1"]))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["1"]))
+    model.set_adapter("other")
+    model = fasttune.patch(model.train())
+    model(torch.randn(512, 512))
+    first, second = (layer for layer in fasttune.explain(model).layers if layer.kind == "lora")
+    assert guard.TOO_SMALL.text not in first.fallbacks and first.fallbacks
+    assert guard.TOO_SMALL.text in second.fallbacks
+
+
+@pytest.mark.limits
 def test_a_recomputation_takes_the_path_of_its_forward() -> None:
     """One hidden size, keys of two lengths: what is small for one is not for the other."""
     bart = next(family for family in FAMILIES if family.name == "bart")
