@@ -54,6 +54,22 @@ def profiling() -> bool:
     return bool(torch._C._autograd._profiler_enabled())
 
 
+def cuda_generator(device: torch.device) -> torch.Generator:
+    """torch's generator of a GPU, the current one if ``device`` has no index."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
+
+
+def current_stream(index: int) -> int:
+    """The handle of the current stream of a GPU."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
+def capturing() -> bool:
+    """True while a CUDA graph is captured."""
+    return torch.cuda.is_current_stream_capturing()
+
+
 def inside_backward() -> bool:
     """True on a thread that runs a backward pass (checkpoint recomputation included)."""
     return torch._C._current_graph_task_id() != -1

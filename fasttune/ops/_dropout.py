@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from fasttune import _torch
 
 _RESOLUTION = 65536  # a lane has 16 bits
 _MASK32 = 0xFFFFFFFF
@@ -33,7 +37,65 @@ def draw_seed(device: torch.device) -> Tensor:
     """A 0-d int64 seed on ``device`` from torch's generator of that device, without
     synchronisation.
     """
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if device.type == "cuda" and (seed := _seeds.draw(device)) is not None:
+        return seed
+    return _random_seeds((), device)
+
+
+def _random_seeds(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    return torch.randint(
+        -(2**63), 2**63 - 1, shape, dtype=torch.int64, device=device, generator=generator
+    )
+
+
+class _Seeds:
+    """Seeds on a GPU, drawn many at a time: one at a time, a step of a LoRA model has hundreds of
+    launches for them.
+
+    A seed is a function of the state of torch's generator, its seed and its offset, and moves the
+    offset as any draw does. So it is the same again where the state is restored, as a checkpointed
+    block does that is computed a second time.
+    """
+
+    _STEP = 4  # of the offset for a draw
+    _COUNT = 64  # seeds drawn together
+    _KEPT = 64  # blocks of them
+    _OWN = 0x5FA57_7E5EED  # apart from what torch draws with its own seed
+
+    def __init__(self) -> None:
+        self._blocks: OrderedDict[tuple[int, ...], tuple[Tensor, ...]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def draw(self, device: torch.device) -> Tensor | None:
+        """The next seed; None where a draw has to be seen: by a trace or in a CUDA graph."""
+        if torch.compiler.is_compiling() or _torch.under_dispatch_mode() or _torch.capturing():
+            return None
+        generator = _torch.cuda_generator(device)
+        with self._lock:
+            seed, offset = generator.initial_seed(), generator.get_offset()
+            generator.set_offset(offset + self._STEP)
+            block, i = divmod(offset // self._STEP, self._COUNT)
+            # A block is ready on the stream that has drawn it.
+            index = generator.device.index
+            key = index, _torch.current_stream(index), seed, block
+            found = self._blocks.get(key)
+            if found is None:
+                found = self._blocks[key] = self._block(generator.device, seed, block)
+                if len(self._blocks) > self._KEPT:
+                    self._blocks.popitem(last=False)
+            return found[i]
+
+    def _block(self, device: torch.device, seed: int, block: int) -> tuple[Tensor, ...]:
+        own = torch.Generator(device).manual_seed(seed ^ self._OWN)
+        own.set_offset(block * self._COUNT * self._STEP)
+        with torch.inference_mode(False):  # else no later call could keep them for its backward
+            # Each at a multiple of 16 bytes: kernels are compiled anew for another alignment.
+            return _random_seeds((self._COUNT, 2), device, own)[:, 0].unbind()
+
+
+_seeds = _Seeds()
 
 
 def keep_mask(

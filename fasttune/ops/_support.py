@@ -69,8 +69,20 @@ def register_lora_backends(
         (backward, backward_with, reference.backward),
     ):
         op.backend("cpu", _lora_on_cpu)(partial(run, _native))
-        op.backend("triton", _lora_on_triton)(partial(_with_triton, run))
+        op.backend("triton", _lora_on_triton)(_Repeated(partial(_with_triton, run)))
         op.backend("reference", never)(plain)
+
+
+class _Repeated:
+    """``fasttune_kernels.repeat.Repeated`` of a function; triton is imported at the first call."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self._repeated = function, None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._repeated is None:
+            self._repeated = _triton.kernels("repeat").Repeated(self._function)
+        return self._repeated(*args)
 
 
 def _with_triton(run: Callable[..., Any], *args: Any) -> Any:

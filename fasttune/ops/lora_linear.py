@@ -39,7 +39,7 @@ Semantics: peft.tuners.lora.layer.Linear.forward (PEFT 0.21); LoRA (Hu et al., 2
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -103,7 +103,7 @@ class LoraProjection:
     base: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: one object for all calls of a kind
 class _Spec:
     """Everything about a call that is no tensor.
 
@@ -112,8 +112,8 @@ class _Spec:
         scalings, thresholds: of each branch.
         streams: the number of each branch in the random bits of its seed.
         compute_dtype: of the products with the base weights.
-        given: of each kind of tensors in the order of ``_pack``, whether a call has any: a kind
-            that is all None is not passed.
+        places: of each kind of tensors in the order of ``_pack``, how many there are and where they
+            lie among the tensors of a call; nowhere if they are all None: they are not passed.
     """
 
     counts: tuple[int, ...]
@@ -121,26 +121,82 @@ class _Spec:
     thresholds: tuple[int, ...]
     streams: tuple[int, ...]
     compute_dtype: torch.dtype
-    given: tuple[bool, ...]
+    places: tuple[tuple[int, slice | None], ...]
 
-    def each_kind(self, items: Sequence[Any], missing: Any) -> list[list[Any]]:
+    def each_kind(self, items: Sequence[Any], missing: Any) -> list[Sequence[Any]]:
         """What belongs to the tensors of each kind, ``missing`` where there are none."""
-        n, k = len(self.counts), len(self.scalings)
-        parts, at = [], 0
-        for size, given in zip((n, n, k, k, k, k, n, n, k, k), self.given, strict=True):
-            parts.append([*items[at : at + size]] if given else [missing] * size)
-            at += size if given else 0
-        return parts
+        return [[missing] * n if place is None else items[place] for n, place in self.places]
 
     def flat(self, kinds: Sequence[Sequence[Any]]) -> list[Any]:
         """The other way round."""
-        chosen = zip(kinds, self.given, strict=True)
-        return [item for kind, given in chosen if given for item in kind]
+        chosen = zip(kinds, self.places, strict=True)
+        return [item for kind, (_, place) in chosen if place is not None for item in kind]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a branch scales its ranks or outputs."""
+        return self.places[8][1] is not None or self.places[9][1] is not None
 
 
-# One object for all layers of a kind: making it takes longer than finding it.
-_spec = lru_cache(maxsize=1024)(_Spec)
+def _new_spec(
+    counts: tuple[int, ...],
+    scalings: tuple[float, ...],
+    thresholds: tuple[int, ...],
+    streams: tuple[int, ...],
+    compute_dtype: torch.dtype,
+    given: tuple[bool, ...],  # of each kind, whether a call has any
+) -> _Spec:
+    n, k = len(counts), len(scalings)
+    places: list[tuple[int, slice | None]] = []
+    at = 0
+    for size, has in zip((n, n, k, k, k, k, n, n, k, k), given, strict=True):
+        places.append((size, slice(at, at + size) if has else None))
+        at += size if has else 0
+    return _Spec(counts, scalings, thresholds, streams, compute_dtype, tuple(places))
 
+
+# Making one takes longer than finding it.
+_spec = lru_cache(maxsize=1024)(_new_spec)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients a call is to give.
+
+    Attributes:
+        flags: of x and of each w, bias, a, b, lora_bias: what the op takes. A scaled B is wanted if
+            B or one of its scales is.
+        of_scaled: the scaled branches, each with which of B, rank_scale and out_scale are wanted.
+        keeps: whether the call keeps its input, each weight, and t of each branch.
+    """
+
+    flags: tuple[bool, ...]
+    of_scaled: dict[int, tuple[bool, bool, bool]]
+    keeps_input: bool
+    keeps_weights: tuple[bool, ...]
+    keeps_t: tuple[bool, ...]
+
+
+def _wanted(spec: _Spec, needs: tuple[bool, ...], scaled: tuple[bool, ...]) -> _Wanted:
+    """``needs``: torch's ``needs_input_grad``; ``scaled``: of each branch, whether it is."""
+    _, x, *flags = needs
+    w, bias, a, b, lora_bias, *_, rank_scales, out_scales = spec.each_kind(flags, False)
+    of_scaled = {
+        j: (b[j], rank_scales[j], out_scales[j]) for j, is_scaled in enumerate(scaled) if is_scaled
+    }
+    t = tuple([any(of_scaled.get(j, (flag,))) for j, flag in enumerate(b)])
+    return _Wanted(
+        (x, *w, *bias, *a, *t, *lora_bias),
+        of_scaled,
+        True in a or True in w,
+        tuple([x or flag for flag in w]),
+        t,
+    )
+
+
+_known_wanted = lru_cache(maxsize=1024)(_wanted)
+
+_SEEDS = 7  # position of the seeds among the kinds of tensors
 _INPUT = 0  # position of x among the tensor inputs of _LoraLinear
 
 
@@ -155,10 +211,10 @@ class _LoraLinear(torch.autograd.Function):
         m = math.prod(x.shape[:-1])
         rows = rows_first(x, m, x.shape[-1])
         args = (
-            rows, weights, biases, a, _scaled(b, *scales), lora_biases, scaling_tensors,
-            list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds,
+            rows, weights, biases, a, _scaled(b, *scales) if spec.scaled else b, lora_biases,
+            scaling_tensors, spec.scalings, spec.thresholds, spec.counts, seeds,
             spec.compute_dtype, [y if y is None else rows_first(y, m, y.shape[-1]) for y in bases],
-            list(spec.streams),
+            spec.streams,
         )  # fmt: skip
         if _registry.must_dispatch((x, *flat)):
             ctx.backend = None
@@ -166,23 +222,21 @@ class _LoraLinear(torch.autograd.Function):
         else:
             ctx.backend = FORWARD.select(*args)
             ys, ts = ctx.backend.run(*args)
-        _, need_x, *flags = ctx.needs_input_grad
-        need_w, need_bias, need_a, need_b, need_lora_bias, *_, rank_needs, out_needs = (
-            spec.each_kind(flags, False)
-        )
-        ctx.scale_needs = _join_scale_needs(need_b, rank_needs, out_needs, scales)
+        find = _wanted if torch.compiler.is_compiling() else _known_wanted
+        scaled = tuple([pair != (None, None) for pair in zip(*scales, strict=True)])
+        wanted = ctx.wanted = find(spec, ctx.needs_input_grad, scaled)
         # Keep only what this combination of frozen and trained tensors needs; parameters cost
         # nothing, nor does an input that its producer can rebuild.
-        need_input = True in need_a or True in need_w
-        ctx.recipe = need_input and not torch.compiler.is_compiling() and _recipe.available(x)
-        keep_input = need_input and not ctx.recipe
+        keep_input = wanted.keeps_input
+        ctx.recipe = keep_input and not torch.compiler.is_compiling() and _recipe.available(x)
+        keep_input = keep_input and not ctx.recipe
         ctx.save_for_backward(
             x if keep_input else None,
             *seeds,
-            *(w if need_x or flag else None for w, flag in zip(weights, need_w, strict=True)),
+            *[w if flag else None for w, flag in zip(weights, wanted.keeps_weights, strict=True)],
             *a,
             *b,
-            *(t if flag else None for t, flag in zip(ts, need_b, strict=True)),
+            *[t if flag else None for t, flag in zip(ts, wanted.keeps_t, strict=True)],
             *scaling_tensors,
             *scales[0],
             *scales[1],
@@ -190,13 +244,14 @@ class _LoraLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.ran = False
         ctx.saved_bytes = x.numel() * x.element_size() if keep_input else 0
-        if True in need_b:
-            ctx.saved_bytes += sum(t.numel() * t.element_size() for t in ts)
-        ctx.needs = (need_x, *need_w, *need_bias, *need_a, *need_b, *need_lora_bias)
+        if True in wanted.keeps_t:
+            ctx.saved_bytes += sum([t.numel() * t.element_size() for t in ts])
         ctx.spec, ctx.shape, ctx.x_dtype = spec, x.shape, x.dtype
         ctx.widths = [y.shape[-1] for y in ys]
         ctx.has_base = [y is not None for y in bases]
-        ctx.bias_dtypes = [None if f is None else f.dtype for f in (*biases, *lora_biases)]
+        ctx.bias_dtypes = [
+            [None if f is None else f.dtype for f in kind] for kind in (biases, lora_biases)
+        ]
         return tuple(
             [output_shaped(y, (*x.shape[:-1], n)) for y, n in zip(ys, ctx.widths, strict=True)]
         )
@@ -215,7 +270,7 @@ class _LoraLinear(torch.autograd.Function):
             x = _recipe.rebuild(ctx, _INPUT)
         seeds, weights, a, b, ts, scaling_tensors, *scales = _split(saved, (n, n, *[k] * 6))
         rows = math.prod(ctx.shape[:-1])
-        needs = ctx.needs
+        needs: Sequence[bool] = ctx.wanted.flags
         if True in missing:
             given = [not flag for flag in missing]
             needs = Needs.unpack(needs, n, k).of_outputs(given, spec.counts)
@@ -225,9 +280,8 @@ class _LoraLinear(torch.autograd.Function):
                 for dy, width in zip(dys, ctx.widths, strict=True)
             ],
             None if x is None else rows_first(x, rows, ctx.shape[-1]),
-            weights, a, _scaled(b, *scales), ts, scaling_tensors,
-            list(spec.scalings), list(spec.thresholds), list(spec.counts), seeds, ctx.x_dtype,
-            list(needs), list(spec.streams),
+            weights, a, _scaled(b, *scales) if spec.scaled else b, ts, scaling_tensors,
+            spec.scalings, spec.thresholds, spec.counts, seeds, ctx.x_dtype, needs, spec.streams,
         )  # fmt: skip
         run = (
             BACKWARD.registered if ctx.backend is None else BACKWARD.backends[ctx.backend.name].run
@@ -238,14 +292,13 @@ class _LoraLinear(torch.autograd.Function):
             dx = dx.view(ctx.shape)
         dws, dbiases, das, dbs, dlora_biases = _split(rest, (n, n, k, k, k))
         dscales: list[list[Tensor | None]] = [[None] * k, [None] * k]
-        for j, wanted in ctx.scale_needs.items():
+        for j, wanted in ctx.wanted.of_scaled.items():
             if dbs[j] is not None:
                 grads_of = scale_gradients(dbs[j], b[j], scales[0][j], scales[1][j], wanted)
                 dbs[j], dscales[0][j], dscales[1][j] = grads_of
-        dbiases = [g if g is None else g.to(t) for g, t in zip(dbiases, ctx.bias_dtypes)]  # noqa: B905
-        dlora_biases = [
-            g if g is None else g.to(t)
-            for g, t in zip(dlora_biases, ctx.bias_dtypes[n:], strict=True)
+        dbiases, dlora_biases = [
+            [g if g is None else g.to(t) for g, t in zip(gradients, dtypes, strict=True)]
+            for gradients, dtypes in zip((dbiases, dlora_biases), ctx.bias_dtypes, strict=True)
         ]
         kinds = (
             dws, dbiases, das, dbs, dlora_biases,
@@ -266,24 +319,6 @@ def _scaled(
     ]
 
 
-def _join_scale_needs(
-    need_b: list[bool],
-    rank_needs: Sequence[bool],
-    out_needs: Sequence[bool],
-    scales: Sequence[Sequence[Tensor | None]],
-) -> dict[int, tuple[bool, bool, bool]]:
-    """Set, in ``need_b``, that a scaled B gets a gradient if B or one of its scales needs one.
-
-    Returns the scaled branches, each with which of the three (B, rank_scale, out_scale) do.
-    """
-    joined = {}
-    for j, scaled in enumerate(zip(*scales, strict=True)):
-        if scaled != (None, None):
-            joined[j] = (need_b[j], rank_needs[j], out_needs[j])
-            need_b[j] = any(joined[j])
-    return joined
-
-
 def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     parts, at = [], 0
     for size in sizes:
@@ -292,15 +327,60 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
     return parts
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """What a call passes to :class:`_LoraLinear`.
+
+    Attributes:
+        drops: of each projection, whether it draws a seed.
+        before, after: the tensors before and after the seeds.
+        made_of: compute dtype, whether there is one seed, and the projections but the first, which
+            keeps this: no cycle that would keep tensors until the garbage is collected.
+    """
+
+    spec: _Spec
+    drops: tuple[bool, ...]
+    before: list[Any]
+    after: list[Any]
+    made_of: tuple[Any, ...]
+
+    def fits(self, *made_of: Any) -> bool:
+        """Whether it was made of the very same objects."""
+        if len(made_of) != len(self.made_of):
+            return False
+        return not [0 for mine, other in zip(self.made_of, made_of) if mine is not other]  # noqa: B905
+
+
 def _pack(
+    projections: Sequence[LoraProjection], compute_dtype: torch.dtype, one_seed: bool
+) -> _Packed:
+    """All of a call but its input and seeds; ``one_seed``: one fixes the masks of all branches.
+
+    A layer that computes what it computed before describes it by the same object, which keeps this.
+    """
+    if torch.compiler.is_compiling():
+        return _new_pack(_new_spec, projections, compute_dtype, one_seed)
+    first = projections[0]
+    packed: _Packed | None = first.__dict__.get("_packed")
+    if packed is None or not packed.fits(compute_dtype, one_seed, *projections[1:]):
+        packed = _new_pack(_spec, projections, compute_dtype, one_seed)
+        object.__setattr__(first, "_packed", packed)
+    return packed
+
+
+def _new_pack(
+    make: Callable[..., _Spec],
     projections: Sequence[LoraProjection],
-    seeds: Sequence[Tensor | None],
-    streams: Sequence[int],
     compute_dtype: torch.dtype,
-) -> tuple[_Spec, list[Any]]:
-    """The spec of a call, and its tensors one after the other."""
+    one_seed: bool,
+) -> _Packed:
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
+    thresholds = [
+        [_dropout.threshold(branch.dropout_p) for branch in projection.branches]
+        for projection in projections
+    ]
+    drops = tuple([any(own) for own in thresholds])
     kinds: tuple[Sequence[Any], ...] = (
         [projection.weight for projection in projections],
         [projection.bias for projection in projections],
@@ -309,20 +389,27 @@ def _pack(
         [branch.bias for branch in branches],
         [scale if isinstance(scale, Tensor) else None for scale in scales],
         [projection.base for projection in projections],
-        seeds,
+        [True if one_seed or any(drops) else None],
         [branch.rank_scale for branch in branches],
         [branch.out_scale for branch in branches],
     )
-    make = _Spec if torch.compiler.is_compiling() else _spec
+    counts = tuple([len(projection.branches) for projection in projections])
+    # Each projection draws its own bits, as if it were called alone, or all share a seed's.
+    alone = [j for count in counts for j in range(count)]
     spec = make(
-        tuple([len(projection.branches) for projection in projections]),
+        counts,
         tuple([1.0 if isinstance(scale, Tensor) else float(scale) for scale in scales]),
-        tuple([_dropout.threshold(branch.dropout_p) for branch in branches]),
-        tuple(streams),
+        tuple([threshold for own in thresholds for threshold in own]),
+        tuple(range(sum(counts)) if one_seed else alone),
         compute_dtype,
         tuple([any([item is not None for item in kind]) for kind in kinds]),
     )
-    return spec, spec.flat(kinds)
+    given = [place is not None for _, place in spec.places]
+    before, after = (
+        [item for kind, has in zip(kinds[part], given[part], strict=True) if has for item in kind]
+        for part in (slice(None, _SEEDS), slice(_SEEDS + 1, None))
+    )
+    return _Packed(spec, drops, before, after, (compute_dtype, one_seed, *projections[1:]))
 
 
 def lora_linear_group(
@@ -385,39 +472,28 @@ def apply_group(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear_group` without validation, for callers that know their arguments."""
-    seeds, streams = _random_bits(x, projections, seed)
-    spec, flat = _pack(projections, seeds, streams, compute_dtype)
+    packed = _pack(projections, compute_dtype, seed is not None)
+    spec = packed.spec
+    seeds: list[Tensor | None] = []
+    if spec.places[_SEEDS][1] is not None:
+        # Drawn seeds are those that the projections would draw one by one: masks do not depend on
+        # which of them are computed together.
+        seeds = [
+            seed if seed is not None else _dropout.draw_seed(x.device) if drops else None
+            for drops in packed.drops
+        ]
+    flat = [*packed.before, *seeds, *packed.after]
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         x2 = x.reshape(-1, x.shape[-1])
-        *tensors, bases, _, rank_scales, out_scales = spec.each_kind(flat, None)
+        *tensors, bases, seeds, rank_scales, out_scales = map(list, spec.each_kind(flat, None))
         tensors[3] = _scaled(tensors[3], rank_scales, out_scales)
         bases = [y if y is None else y.reshape(-1, y.shape[-1]) for y in bases]
         numbers = spec.scalings, spec.thresholds, spec.counts
-        facts: Any = (*tensors, *numbers, seeds, compute_dtype, bases, streams)
+        facts: Any = (*tensors, *numbers, seeds, compute_dtype, bases, spec.streams)
         ys, _ = _lora_linear_reference.forward(x2, *facts)
         return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in ys)
     outputs: tuple[Tensor, ...] = _LoraLinear.apply(spec, x, *flat)  # type: ignore[no-untyped-call]
     return outputs
-
-
-def _random_bits(
-    x: Tensor, projections: Sequence[LoraProjection], seed: Tensor | None
-) -> tuple[list[Tensor | None], list[int]]:
-    """The seed of each projection, and the number of each branch within the bits of its seed.
-
-    Drawn seeds are those that the projections would draw one by one: masks do not depend on which
-    of them are computed together.
-    """
-    counts = [len(projection.branches) for projection in projections]
-    if seed is not None:
-        return [seed] * len(counts), list(range(sum(counts)))
-    seeds = [
-        _dropout.draw_seed(x.device)
-        if any(_dropout.threshold(branch.dropout_p) for branch in projection.branches)
-        else None
-        for projection in projections
-    ]
-    return seeds, [j for count in counts for j in range(count)]
 
 
 def _check_base(x: Tensor, projection: LoraProjection) -> int:

@@ -9,36 +9,85 @@ tensors by dtype and by their address modulo 16.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+# The compiled kernel, what it is run with, and its constants in the order of its parameters.
+_Entry = tuple[Any, Any, Any, Any, tuple[Any, ...]]
 # The number of rows differs from batch to batch, so the table must not grow forever.
 _MAX_ENTRIES = 4096
-_compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_compiled: dict[tuple[Any, ...], _Entry] = {}
 
 
-def _add_facts(facts: list[Any], args: tuple[Any, ...]) -> None:
-    """What a compiled kernel may depend on of its arguments."""
+def _by_address(args: tuple[Any, ...], facts: list[Any]) -> list[Any]:
+    """The arguments with addresses for tensors: of each tensor that it gets, Triton's launcher asks
+    the driver where it lies. ``facts`` gets what a compiled kernel may depend on.
+    """
+    values = []
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter or isinstance(arg, Tensor):
+            address = arg.data_ptr()
             facts.append(arg.dtype)
-            facts.append(arg.data_ptr() & 15)
-        elif arg is None or kind is int:
-            facts.append(arg)
-        elif kind is tuple:
+            facts.append(address & 15)
+            values.append(address)
+            continue
+        if kind is tuple:
             facts.append((len(arg),))  # no other fact is a tuple
-            _add_facts(facts, arg)
+            values.append(tuple(_by_address(arg, facts)))
+            continue
+        if arg is None or kind is int:
+            facts.append(arg)
         elif kind is float:  # never specialised on
             facts.append(kind)
         else:  # a bool is not the integer that it equals
             facts.append(kind)
             facts.append(arg)
+        values.append(arg)
+    return values
+
+
+class _Recording(threading.local):
+    """Who writes down the launches of this thread: ``repeat``."""
+
+    note: Callable[[PreparedLaunch, tuple[Any, ...]], None] | None = None
+
+
+recording = _Recording()
+
+
+class PreparedLaunch:
+    """A launch whose kernel is chosen, to be called with arguments of the same facts.
+
+    Args:
+        entry: None for the interpreter, which takes ``kernel`` and ``constants``.
+
+    Attributes:
+        by_address: whether it is called with addresses for tensors.
+    """
+
+    __name__ = "launch"  # in the code that torch.fx writes
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], entry: _Entry | None
+    ) -> None:
+        self._kernel, self._grid, self._constants, self._entry = kernel, grid, constants, entry
+        self.by_address = entry is not None
+
+    def __call__(self, args: tuple[Any, ...], alive: tuple[Tensor, ...] = ()) -> None:
+        """``alive``: the tensors of the addresses, which must not be freed before the launch."""
+        if self._entry is None:
+            self._kernel[self._grid](*args, **self._constants)
+        else:
+            _run(self._entry, driver.active.get_current_device(), self._grid, args)
 
 
 def _is_watched() -> bool:
@@ -61,25 +110,29 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         TypeError: a parameter is missing, or one that is no constant is given by name: it would
             become part of the key.
     """
+    note = recording.note
+    if note is None:
+        _launch(kernel, grid, args, constants)
+        return
+    with torch._C.DisableTorchFunction():
+        entry = _launch(kernel, grid, args, constants)
+    note(PreparedLaunch(kernel, grid, constants, entry), args)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> _Entry | None:
     if not isinstance(kernel, JITFunction):
         kernel[grid](*args, **constants)
-        return
-    active = driver.active
-    device = active.get_current_device()
+        return None
+    device = driver.active.get_current_device()
     facts: list[Any] = [id(kernel), device, *constants, *constants.values()]
-    _add_facts(facts, args)
+    values = _by_address(args, facts)
     key = tuple(facts)
     found = _compiled.get(key)
     if found is not None:
-        compiled, run, function, metadata, rest = found
-        if not _is_watched():
-            # What compiled[grid] does, without what it does for hooks.
-            x, y, z = (*grid, 1, 1)[:3]
-            stream = active.get_current_stream(device)
-            run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
-        else:
-            compiled[(*grid, 1, 1)[:3]](*args, *rest)
-        return
+        _run(found, device, grid, values)
+        return found
     # A compiled kernel takes all parameters in order, constants too.
     others = kernel.params[len(args) :]
     wrong = [p.name for p in others if not p.is_constexpr or p.name not in constants]
@@ -89,4 +142,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if len(_compiled) >= _MAX_ENTRIES:
         _compiled.clear()
     rest = tuple(constants[p.name] for p in others)
-    _compiled[key] = (compiled, compiled.run, compiled.function, compiled.packed_metadata, rest)
+    entry = compiled, compiled.run, compiled.function, compiled.packed_metadata, rest
+    _compiled[key] = entry
+    return entry
+
+
+def _run(entry: _Entry, device: Any, grid: tuple[int, ...], args: Sequence[Any]) -> None:
+    compiled, run, function, metadata, rest = entry
+    x, y, z = (*grid, 1, 1)[:3]
+    if _is_watched():
+        compiled[(x, y, z)](*args, *rest)
+    else:  # what that does, without what it does for hooks
+        stream = driver.active.get_current_stream(device)
+        run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
