@@ -95,6 +95,18 @@ def test_gpu_matches_truth(case: Case) -> None:
     assert run_case(case, "triton", device="cuda") >= 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [c for c in ALL if c.op.startswith(("lora", "dora")) and "triton" in c.backends]
+    + [c for c in ALL if not c.op.startswith(("lora", "dora")) and "triton" in c.backends][::3],
+    ids=ids,
+)
+def test_gpu_matches_truth_when_launches_are_repeated(case: Case) -> None:
+    for _ in range(3):  # run, written down, repeated: tests/triton/test_repeat.py
+        assert run_case(case, "triton", device="cuda") >= 1
+
+
 @pytest.mark.parametrize("name", ["cpu", "triton"])
 @pytest.mark.parametrize("case", [c for c in ALL if c.backends == ("reference",)], ids=ids)
 def test_unsupported_arguments_give_a_reason(case: Case, name: str) -> None:

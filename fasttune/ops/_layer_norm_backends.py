@@ -143,16 +143,19 @@ def _bwd_cpu(*args: Any) -> list[Tensor]:
 
 
 @FORWARD.backend("triton", triton_supports)
+@_support.Repeated
 def _fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _forward_with(_triton.kernels("layer_norm"), *args)
 
 
 @ADD_FORWARD.backend("triton", triton_supports)
+@_support.Repeated
 def _add_fwd_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _add_forward_with(_triton.kernels("layer_norm"), *args)
 
 
 @BACKWARD.backend("triton", triton_supports)
+@_support.Repeated
 def _bwd_triton(*args: Any) -> list[Tensor]:
     return _backward_with(_triton.kernels("layer_norm"), *args)
 

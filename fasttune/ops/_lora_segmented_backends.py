@@ -70,6 +70,7 @@ BACKWARD = _registry.define(
 )
 
 
+# Which rows are whose is read from a tensor, on the host.
 _support.register_lora_backends(
-    FORWARD, BACKWARD, forward_with, backward_with, _lora_segmented_reference
+    FORWARD, BACKWARD, forward_with, backward_with, _lora_segmented_reference, repeated=False
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
@@ -55,6 +55,8 @@ def register_lora_backends(
     forward_with: Callable[..., Any],
     backward_with: Callable[..., Any],
     reference: ModuleType,
+    *,
+    repeated: bool = True,
 ) -> None:
     """The backends of an op that is made of the primitives of a LoRA branch.
 
@@ -63,25 +65,29 @@ def register_lora_backends(
         forward_with, backward_with: take the module of a backend's primitives, then the op's
             arguments.
         reference: a module with ``forward`` and ``backward`` in plain torch.
+        repeated: whether Triton's launches follow from the facts about the arguments alone.
     """
     for op, run, plain in (
         (forward, forward_with, reference.forward),
         (backward, backward_with, reference.backward),
     ):
         op.backend("cpu", _lora_on_cpu)(partial(run, _native))
-        op.backend("triton", _lora_on_triton)(_Repeated(partial(_with_triton, run)))
+        with_triton = partial(_with_triton, run)
+        op.backend("triton", _lora_on_triton)(Repeated(with_triton) if repeated else with_triton)
         op.backend("reference", never)(plain)
 
 
-class _Repeated:
+class Repeated:
     """``fasttune_kernels.repeat.Repeated`` of a function; triton is imported at the first call."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function, self._repeated = function, None
+        self._function = function
+
+    @cached_property
+    def _repeated(self) -> Any:
+        return _triton.kernels("repeat").Repeated(self._function)
 
     def __call__(self, *args: Any) -> Any:
-        if self._repeated is None:
-            self._repeated = _triton.kernels("repeat").Repeated(self._function)
         return self._repeated(*args)
 
 

@@ -116,11 +116,13 @@ def _bwd_cpu(*args: Any) -> list[Tensor]:
 
 
 @FORWARD.backend("triton", _triton_supports)
+@_support.Repeated
 def _fwd_triton(*args: Any) -> Tensor:
     return _forward_with(_triton.kernels("bias_activation"), *args)
 
 
 @BACKWARD.backend("triton", _triton_supports)
+@_support.Repeated
 def _bwd_triton(*args: Any) -> list[Tensor]:
     return _backward_with(_triton.kernels("bias_activation"), *args)
 

@@ -104,7 +104,9 @@ for _op, _run, _plain in (
     (BACKWARD, backward_with, _bottleneck_reference.backward),
 ):
     _op.backend("cpu", _on_cpu)(partial(_run, _native))
-    _op.backend("triton", _on_triton)(partial(_run, _TritonPrimitives()))  # type: ignore[arg-type]
+    _op.backend("triton", _on_triton)(
+        _support.Repeated(partial(_run, _TritonPrimitives()))  # type: ignore[arg-type]
+    )
     _op.backend("reference", _support.never)(_plain)
 
 

@@ -106,7 +106,7 @@ for _op, _run, _plain in (
     (BACKWARD, _backward_with, _backward_reference),
 ):
     _op.backend("cpu", _cpu_supports)(partial(_run, _native))
-    _op.backend("triton", _triton_supports)(partial(_run, _TritonPrimitives()))
+    _op.backend("triton", _triton_supports)(_support.Repeated(partial(_run, _TritonPrimitives())))
     _op.backend("reference", _support.never)(_plain)
 
 

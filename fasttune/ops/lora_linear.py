@@ -311,7 +311,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _scaled(
-    b: list[Tensor], rank_scales: Sequence[Tensor | None], out_scales: Sequence[Tensor | None]
+    b: Sequence[Tensor], rank_scales: Sequence[Tensor | None], out_scales: Sequence[Tensor | None]
 ) -> list[Tensor]:
     return [
         factor if rank is None and out is None else scaled_up(factor, rank, out)

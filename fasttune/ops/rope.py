@@ -186,11 +186,13 @@ def _bwd_cpu(*args: Any) -> list[Tensor]:
 
 
 @FORWARD.backend("triton", _triton_supports)
+@_support.Repeated
 def _fwd_triton(*args: Any) -> list[Tensor]:
     return _forward_with(_triton.kernels("rope"), *args)
 
 
 @BACKWARD.backend("triton", _triton_supports)
+@_support.Repeated
 def _bwd_triton(*args: Any) -> list[Tensor]:
     return _backward_with(_triton.kernels("rope"), *args)
 

@@ -40,9 +40,13 @@ _SAFE_PROPERTIES = ("shape", "dtype", "device", "is_cuda", "ndim", "is_cpu", "re
 _READS = {
     *(_MEMBERS[name] for name in _SAFE_METHODS),
     *(getattr(Tensor, name).__get__ for name in _SAFE_PROPERTIES),
+    torch.promote_types,
 }
 # Of these, a result that is their argument tells that there was nothing to do.
 _CONVERSIONS = ("to", "contiguous", "detach", "float")
+# The shapes of what they return follow from values.
+_SHAPED_BY_VALUES = ("nonzero", "argwhere", "unique", "unique_consecutive", "masked_select")
+_SHAPED_BY_VALUES += ("bincount", "repeat_interleave", "where")
 
 
 class _CannotRepeatError(Exception):
@@ -129,6 +133,8 @@ class _Recorder(TorchFunctionMode):
         parts = result if isinstance(result, tuple | list) else (result,)
         if not all(isinstance(part, Tensor) for part in parts):
             raise _CannotRepeatError  # a value, which may be another the next time
+        if getattr(func, "__name__", "") in _SHAPED_BY_VALUES or _by_mask(func, args):
+            raise _CannotRepeatError
         node = self._call(func, args, kwargs)
         if parts is not result:
             self._note(result, node)
@@ -160,20 +166,24 @@ class _Recorder(TorchFunctionMode):
         self._nodes[id(tensor)] = node
 
 
+def _by_mask(func: Any, args: Any) -> bool:
+    """Whether elements are chosen by a mask: how many follows from its values."""
+    if getattr(func, "__name__", "") != "__getitem__":
+        return False
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+
+
 class Repeated:
     """A function of tensors, lists of tensors and other arguments, that launches kernels.
 
     The first call with new facts runs it as it is, the second writes it down, the others repeat it.
-
-    Attributes:
-        repeats: calls that were.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._known: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
         self._once: set[tuple[Any, ...]] = set()
-        self.repeats = 0
 
     def __call__(self, *args: Any) -> Any:
         facts: list[Any] = []
@@ -191,7 +201,6 @@ class Repeated:
         if code is None:
             return self._function(*args)
         if code is not _UNKNOWN:
-            self.repeats += 1
             with launch_device(first):
                 return code(*tensors)
         if key not in self._once:

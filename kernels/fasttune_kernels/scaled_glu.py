@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .activations import activate, activate_with_slope
 from .elementwise import block_of
+from .launch import launch
 from .partials import sum_rows
 from .tables import MAX_REGISTERS, divide_up, gpu_of, launch_device
 
@@ -109,7 +110,9 @@ def scaled_glu_forward(
     rows, columns = gate.shape
     block, warps = block_of(columns, gate, up)
     with launch_device(gate):
-        _scaled_glu_forward_kernel[(rows * divide_up(columns, block),)](
+        launch(
+            _scaled_glu_forward_kernel,
+            (rows * divide_up(columns, block),),
             gate,
             up,
             scale.contiguous(),
@@ -153,7 +156,9 @@ def scaled_glu_backward(
     if need_dscale:
         partial = torch.empty((splits, i), dtype=torch.float32, device=dy.device)
     with launch_device(dy):
-        _scaled_glu_backward_kernel[(columns, splits)](
+        launch(
+            _scaled_glu_backward_kernel,
+            (columns, splits),
             dy,
             gate,
             up,
