@@ -6,9 +6,10 @@ Random weights of the published sizes, random tokens, bf16 model with fp32 adapt
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft
@@ -17,6 +18,7 @@ import torch
 import transformers
 from agreement import dropout_off, trainable
 from families import LLAMA3
+from gpu_time import ROUNDS as ROUNDS_IN_TURN
 from gpu_time import GpuTime, time_variants
 from torch import Tensor, nn
 
@@ -161,3 +163,25 @@ def test_step(record, name: str) -> None:
         }  # fmt: skip
     record(**facts)
     print(facts, flush=True)
+
+
+@pytest.mark.parametrize("tokens", [512, 1024, 2048])
+def test_a_short_step(record, tokens: int) -> None:
+    """Stock and patched in turn: a step that waits for the host varies from minute to minute."""
+    size = replace(SIZES["Llama-3.2-1B-1x512"], batch=(1, tokens))
+    stock, batch = lora_model(size), batch_of(size)
+    ours = fasttune.patch(copy.deepcopy(stock), strict=True)
+    expected, found = loss_and_gradients(stock, batch), loss_and_gradients(ours, batch)
+    error, largest = errors_of(found, expected)
+    assert error < GRADIENT_ERROR and largest < ONE_GRADIENT_ERROR, (error, largest)
+    variants = {"stock": make_step(stock, batch), "fasttune": make_step(ours, batch)}
+    times = time_variants(variants, steps=4)
+    by = [times["stock"], times["fasttune"]]
+    record(
+        kind="gpu", unit="ms", runs=ROUNDS_IN_TURN, baseline="stock", tokens=list(size.batch),
+        model="Llama-3.2-1B", dropout=size.dropout, dtype="bf16", rank=16,
+        gradient_error=[error, largest], stock=by[0].ms, fasttune=by[1].ms,
+        ratio=by[0].ms / by[1].ms, busy=[time.busy_ms for time in by],
+        spread=[time.spread for time in by], launches=[time.launches for time in by],
+        peak_mib=[time.peak_bytes / 2**20 for time in by],
+    )  # fmt: skip
