@@ -52,6 +52,22 @@ class _Branches:
         """True if every row of the batch has a branch, in place."""
         return self.order is None and not gaps(self.segments, rows)
 
+    def products(
+        self, left: Tensor, right: Tensor
+    ) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+        """For every segment its rows of the product left [M, K] right [K, N], for the kernel that
+        takes it with the segment's branch, or nothing; and the rows for which nobody does.
+        """
+        own, rest = [], []
+        for start, stop, _ in self.segments:
+            rows = left[start:stop]
+            takes = self.prims is _native and _native.takes_product(rows, right)
+            own.append({"product": (rows, right)} if takes else {})
+            rest += [] if takes else [(start, stop)]
+        if len(rest) == len(self.segments):
+            rest = [(0, left.shape[0])]
+        return own, rest
+
     def wide(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """Factors whose gradient is summed over several segments in fp32: primitives round a
         gradient to the dtype of its factor.
@@ -111,13 +127,18 @@ def _every_row(
     """No base rows: branches first, as lora_linear, whose rounding this has."""
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     biases = _biases(own, bias, lora_biases)
-    base = None
     if own.prims is _native and _gemm.through_fp32(x.device, dtype):
         base = _gemm.linear_fp32(x, weight)
-    for (start, stop, j), t in zip(own.segments, ts, strict=True):
-        addend = {} if base is None else {"addend": base[start:stop]}
-        own.prims.lora_up(t, own.b[j], biases[j], out_dtype=dtype, out=y[start:stop], **addend)
-    return y if base is not None else y.addmm_(x.to(dtype), weight.to(dtype).t())
+        extra = [{"addend": base[start:stop]} for start, stop, _ in own.segments]
+        rest: list[tuple[int, int]] = []
+    else:
+        left, right = x.to(dtype), weight.to(dtype).t()
+        extra, rest = own.products(left, right)
+    for (start, stop, j), t, more in zip(own.segments, ts, extra, strict=True):
+        own.prims.lora_up(t, own.b[j], biases[j], out_dtype=dtype, out=y[start:stop], **more)
+    for start, stop in rest:
+        y[start:stop].addmm_(left[start:stop], right)
+    return y
 
 
 def _some_rows(
@@ -188,22 +209,25 @@ def _input_side(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx [M, K] and dA of every branch."""
     base = dx = target = None
+    extra: list[dict[str, Any]] = [{} for _ in own.segments]
+    rest = [(0, dy.shape[0])]
     first = own.covers(dy.shape[0]) and bool(own.segments)
     if need.x and weight is not None:
         if own.prims is _native and own.order is None and _gemm.through_fp32(dy.device, dy.dtype):
             base = _gemm.linear_backward_fp32(dy, weight)
         if base is not None or first:
             dx = dy.new_empty(dy.shape[0], weight.shape[1], dtype=dtype)
+            if base is None and dtype in (torch.bfloat16, torch.float32):
+                extra, rest = own.products(dy, weight.to(dy.dtype))
         else:
             dx = torch.mm(dy, weight.to(dy.dtype)).to(dtype)
             target = own.gathered(dx)
     rows = None if x is None or not any(need.a) else own.gathered(x)
     das: list[Tensor | None] = [None] * len(own.a)
     a = own.wide(own.a)
-    for (start, stop, j), d in zip(own.segments, ds, strict=True):
-        place: dict[str, Tensor] = {}
+    for (start, stop, j), d, place in zip(own.segments, ds, extra, strict=True):
         if dx is not None and target is None:
-            place = {"out": dx[start:stop]}
+            place["out"] = dx[start:stop]
         if base is not None:
             place["addend"] = base[start:stop]
         part, da = own.prims.lora_down_backward(
@@ -217,7 +241,7 @@ def _input_side(
         if target is not None:
             target[start:stop].add_(part)
         _accumulate(das, j, da)
-    return _finished(own, dy, weight, dx, base, target, dtype), _rounded(das, own.a)
+    return _finished(own, dy, weight, dx, base, target, rest, dtype), _rounded(das, own.a)
 
 
 def _finished(
@@ -227,9 +251,10 @@ def _finished(
     dx: Tensor | None,
     base: Tensor | None,
     target: Tensor | None,
+    rest: Sequence[tuple[int, int]],
     dtype: torch.dtype,
 ) -> Tensor | None:
-    """dx with what the segments leave: rows without a branch, or dy W itself."""
+    """dx with what the segments leave: rows without a branch, or dy W of the rest of the rows."""
     if dx is None or weight is None:
         return None
     if base is not None:
@@ -237,7 +262,9 @@ def _finished(
             dx[start:stop].copy_(base[start:stop])
         return dx
     if target is None:
-        return add_product(dx, dy, weight.to(dy.dtype), dtype)
+        for start, stop in rest:
+            add_product(dx[start:stop], dy[start:stop], weight.to(dy.dtype), dtype)
+        return dx
     return dx if own.order is None else dx.index_copy_(0, own.order, target)
 
 

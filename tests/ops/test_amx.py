@@ -23,6 +23,7 @@ from fasttune.ops import (
     attention,
     lora_linear,
     lora_linear_group,
+    lora_segmented,
 )
 from fasttune.testing.numerics import largest_error
 
@@ -442,6 +443,48 @@ def test_lora_linear_takes_each_base_product_once(counts, isa, monkeypatch):
     assert sum(taken) == 2 * with_lora
     for mine, other in zip([*ys, *grads], [*stock_ys, *stock_grads], strict=True):
         assert largest_error(mine, other) <= 2**-6 * float(other.abs().max())
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
+@pytest.mark.parametrize(
+    ("lengths", "tiled"), [((64, 80, 70), 6), ((70, 20, 64), 4), ((20, 30), 0)]
+)
+def test_segments_take_their_rows_of_the_base_product(lengths, tiled, dtype, isa, monkeypatch):
+    """Those that are long enough for tiles; the others' rows come from the vendor's product."""
+    x = torch.randn(sum(lengths), 96, dtype=dtype).requires_grad_()
+    w = torch.randn(40, 96).bfloat16()
+    branches = [
+        LoraBranch(torch.randn(4, 96).requires_grad_(), torch.randn(40, 4).requires_grad_())
+        for _ in lengths
+    ]
+    rows_of = [j for j, length in enumerate(lengths) for _ in range(length)]
+    leaves = [x, *(f for branch in branches for f in (branch.a, branch.b))]
+    taken = []
+
+    def counted(call):
+        def wrapped(*args, **kwargs):
+            taken.append(kwargs.get("product") is not None)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(_gemm, "bf16_products_are_fast", lambda: True)  # as on a CPU with tiles
+    for name in ("lora_up", "lora_down_backward"):
+        monkeypatch.setattr(_native, name, counted(getattr(_native, name)))
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = lora_segmented(x, w, branches, rows_of)
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+    with build(isa):
+        mine = run()
+    assert sum(taken) == tiled
+    with build("avx512"):
+        other = run()
+    for ours, theirs in zip(mine, other, strict=True):
+        assert largest_error(ours, theirs) <= 2**-6 * float(theirs.abs().max())
 
 
 def heads(batch, count, kv_heads, queries, keys, width):
