@@ -69,8 +69,12 @@ class _Seeds:
         self._lock = threading.Lock()
 
     def draw(self, device: torch.device) -> Tensor | None:
-        """The next seed; None where a draw has to be seen: by a trace or in a CUDA graph."""
-        if torch.compiler.is_compiling() or _torch.under_dispatch_mode() or _torch.capturing():
+        """The next seed; None where a draw has to be seen: by a trace, by torch.func (whose vmap
+        draws one for each sample or raises), or in a CUDA graph.
+        """
+        if torch.compiler.is_compiling() or _torch.under_dispatch_mode():
+            return None
+        if _torch.in_functorch() or _torch.capturing():
             return None
         generator = _torch.cuda_generator(device)
         with self._lock:

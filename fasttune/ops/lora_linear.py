@@ -39,6 +39,7 @@ Semantics: peft.tuners.lora.layer.Linear.forward (PEFT 0.21); LoRA (Hu et al., 2
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -112,8 +113,8 @@ class _Spec:
         scalings, thresholds: of each branch.
         streams: the number of each branch in the random bits of its seed.
         compute_dtype: of the products with the base weights.
-        places: of each kind of tensors in the order of ``_pack``, how many there are and where they
-            lie among the tensors of a call; nowhere if they are all None: they are not passed.
+        places: of each kind of tensors in the order of ``_KINDS``, how many there are and where
+            they lie among the tensors of a call; nowhere if they are all None: they are not passed.
     """
 
     counts: tuple[int, ...]
@@ -196,12 +197,11 @@ def _wanted(spec: _Spec, needs: tuple[bool, ...], scaled: tuple[bool, ...]) -> _
 
 _known_wanted = lru_cache(maxsize=1024)(_wanted)
 
-_SEEDS = 7  # position of the seeds among the kinds of tensors
 _INPUT = 0  # position of x among the tensor inputs of _LoraLinear
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x and the tensors of _pack to the outputs of all projections."""
+    """x and the tensors of _flat to the outputs of all projections."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, x: Tensor, *flat: Any) -> Any:
@@ -329,51 +329,99 @@ def _split(items: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 
 @dataclass(frozen=True)
 class _Packed:
-    """What a call passes to :class:`_LoraLinear`.
+    """What calls of the same projections have in common.
 
     Attributes:
         drops: of each projection, whether it draws a seed.
-        before, after: the tensors before and after the seeds.
-        made_of: compute dtype, whether there is one seed, and the projections but the first, which
-            keeps this: no cycle that would keep tensors until the garbage is collected.
+        made_of: the projections, compute dtype, and whether one seed serves all.
     """
 
     spec: _Spec
     drops: tuple[bool, ...]
-    before: list[Any]
-    after: list[Any]
-    made_of: tuple[Any, ...]
+    made_of: tuple[tuple[weakref.ref[LoraProjection], ...], torch.dtype, bool]
 
-    def fits(self, *made_of: Any) -> bool:
+    def fits(
+        self, projections: Sequence[LoraProjection], compute_dtype: torch.dtype, one_seed: bool
+    ) -> bool:
         """Whether it was made of the very same objects."""
-        if len(made_of) != len(self.made_of):
+        known, dtype, seed = self.made_of
+        if dtype is not compute_dtype or seed is not one_seed or len(known) != len(projections):
             return False
-        return not [0 for mine, other in zip(self.made_of, made_of) if mine is not other]  # noqa: B905
+        return not [0 for one, other in zip(known, projections) if one() is not other]  # noqa: B905
+
+
+# By the address of the first projection, as long as it lives. A layer that computes what it
+# computed before describes it by the same object.
+_packs: dict[int, _Packed] = {}
 
 
 def _pack(
     projections: Sequence[LoraProjection], compute_dtype: torch.dtype, one_seed: bool
 ) -> _Packed:
-    """All of a call but its input and seeds; ``one_seed``: one fixes the masks of all branches.
-
-    A layer that computes what it computed before describes it by the same object, which keeps this.
-    """
+    """``one_seed``: one fixes the masks of all branches."""
     if torch.compiler.is_compiling():
-        return _new_pack(_new_spec, projections, compute_dtype, one_seed)
-    first = projections[0]
-    packed: _Packed | None = first.__dict__.get("_packed")
-    if packed is None or not packed.fits(compute_dtype, one_seed, *projections[1:]):
-        packed = _new_pack(_spec, projections, compute_dtype, one_seed)
-        object.__setattr__(first, "_packed", packed)
+        return _Packed(
+            *_new_spec_of(_new_spec, projections, compute_dtype, one_seed),
+            ((), compute_dtype, one_seed),
+        )
+    address = id(projections[0])
+    packed = _packs.get(address)
+    if packed is not None and packed.fits(projections, compute_dtype, one_seed):
+        return packed
+    spec, drops = _new_spec_of(_spec, projections, compute_dtype, one_seed)
+
+    def forget(gone: Any) -> None:
+        if (now := _packs.get(address)) is not None and now.made_of[0][0] is gone:
+            del _packs[address]
+
+    refs = [weakref.ref(projection) for projection in projections[1:]]
+    made_of = (weakref.ref(projections[0], forget), *refs)
+    packed = _Packed(spec, drops, (made_of, compute_dtype, one_seed))
+    if all(type(projection.branches) is tuple for projection in projections):
+        _packs[address] = packed  # a list may be changed
     return packed
 
 
-def _new_pack(
+# The kinds of tensors of a call, in order: of each projection or of each branch; seeds are drawn.
+_OF_PROJECTIONS, _OF_BRANCHES = 0, 1
+_KINDS = (
+    *((_OF_PROJECTIONS, "weight"), (_OF_PROJECTIONS, "bias")),
+    *((_OF_BRANCHES, "a"), (_OF_BRANCHES, "b"), (_OF_BRANCHES, "bias"), (_OF_BRANCHES, "scaling")),
+    *((_OF_PROJECTIONS, "base"), (_OF_PROJECTIONS, "seed")),
+    *((_OF_BRANCHES, "rank_scale"), (_OF_BRANCHES, "out_scale")),
+)
+_SEEDS = 7  # their place there
+
+
+def _tensors(
+    kind: int, projections: Sequence[LoraProjection], branches: Sequence[LoraBranch]
+) -> list[Any]:
+    """All of a kind but seeds; None where there is none."""
+    of, name = _KINDS[kind]
+    found = [getattr(item, name) for item in (branches if of else projections)]
+    if name == "scaling":
+        return [scale if isinstance(scale, Tensor) else None for scale in found]
+    return found
+
+
+def _flat(
+    spec: _Spec, projections: Sequence[LoraProjection], seeds: Sequence[Tensor | None]
+) -> list[Any]:
+    """The tensors of a call, one after the other."""
+    branches = [branch for projection in projections for branch in projection.branches]
+    flat: list[Any] = []
+    for kind, (_, place) in enumerate(spec.places):
+        if place is not None:
+            flat += seeds if kind == _SEEDS else _tensors(kind, projections, branches)
+    return flat
+
+
+def _new_spec_of(
     make: Callable[..., _Spec],
     projections: Sequence[LoraProjection],
     compute_dtype: torch.dtype,
     one_seed: bool,
-) -> _Packed:
+) -> tuple[_Spec, tuple[bool, ...]]:
     branches = [branch for projection in projections for branch in projection.branches]
     scales = [branch.scaling for branch in branches]
     thresholds = [
@@ -381,18 +429,12 @@ def _new_pack(
         for projection in projections
     ]
     drops = tuple([any(own) for own in thresholds])
-    kinds: tuple[Sequence[Any], ...] = (
-        [projection.weight for projection in projections],
-        [projection.bias for projection in projections],
-        [branch.a for branch in branches],
-        [branch.b for branch in branches],
-        [branch.bias for branch in branches],
-        [scale if isinstance(scale, Tensor) else None for scale in scales],
-        [projection.base for projection in projections],
-        [True if one_seed or any(drops) else None],
-        [branch.rank_scale for branch in branches],
-        [branch.out_scale for branch in branches],
-    )
+    given = [
+        (one_seed or any(drops))
+        if kind == _SEEDS
+        else any([item is not None for item in _tensors(kind, projections, branches)])
+        for kind in range(len(_KINDS))
+    ]
     counts = tuple([len(projection.branches) for projection in projections])
     # Each projection draws its own bits, as if it were called alone, or all share a seed's.
     alone = [j for count in counts for j in range(count)]
@@ -402,14 +444,9 @@ def _new_pack(
         tuple([threshold for own in thresholds for threshold in own]),
         tuple(range(sum(counts)) if one_seed else alone),
         compute_dtype,
-        tuple([any([item is not None for item in kind]) for kind in kinds]),
+        tuple(given),
     )
-    given = [place is not None for _, place in spec.places]
-    before, after = (
-        [item for kind, has in zip(kinds[part], given[part], strict=True) if has for item in kind]
-        for part in (slice(None, _SEEDS), slice(_SEEDS + 1, None))
-    )
-    return _Packed(spec, drops, before, after, (compute_dtype, one_seed, *projections[1:]))
+    return spec, drops
 
 
 def lora_linear_group(
@@ -482,7 +519,7 @@ def apply_group(
             seed if seed is not None else _dropout.draw_seed(x.device) if drops else None
             for drops in packed.drops
         ]
-    flat = [*packed.before, *seeds, *packed.after]
+    flat = _flat(spec, projections, seeds)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         x2 = x.reshape(-1, x.shape[-1])
         *tensors, bases, seeds, rank_scales, out_scales = map(list, spec.each_kind(flat, None))

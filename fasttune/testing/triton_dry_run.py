@@ -35,6 +35,7 @@ from fasttune.testing.triton_compile import (
     read_resources,
     resident_programs,
 )
+from fasttune_kernels import repeat
 from fasttune_kernels.tables import Gpu, assume_gpu
 
 
@@ -188,8 +189,10 @@ def dry_run(capability: int) -> Iterator[list[Launch]]:
     config = triton.runtime.driver
     previous = config._active
     config.set_active(driver)
+    repeat.forget()
     try:
         with assume_gpu(Gpu(capability, limits.multiprocessors)):
             yield launches
     finally:
         config._active = previous
+        repeat.forget()

@@ -38,6 +38,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from triton.runtime.jit import JITFunction
 
 import fasttune_kernels
+from fasttune_kernels import repeat
 
 Array = npt.NDArray[Any]
 
@@ -264,6 +265,24 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
     module, as launchers do; a kernel taken from a module before the block is still the compiled
     one. Blocks may be nested.
     """
+    if _is_interpreting():
+        with _swapped(modules):
+            yield
+        return
+    repeat.forget()  # before: what the block finds is put back as it was
+    try:
+        with _swapped(modules):
+            yield
+    finally:
+        repeat.forget()
+
+
+def _is_interpreting() -> bool:
+    return getattr(InterpreterBuilder, "_fasttune_bfloat16", False)
+
+
+@contextlib.contextmanager
+def _swapped(modules: tuple[ModuleType, ...]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # Everything is saved before anything is changed.
         changed = {*_LIBRARY, *_kernel_modules(), *modules}
@@ -275,7 +294,7 @@ def interpreted(*modules: ModuleType) -> Iterator[None]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction):
                     setattr(module, name, _as_interpreted(value))
-        if not getattr(InterpreterBuilder, "_fasttune_bfloat16", False):
+        if not _is_interpreting():
             _swap(stack, InterpreterBuilder, "_fasttune_bfloat16", True)
             for name, override in _builder_overrides().items():
                 _swap(stack, InterpreterBuilder, name, override)

@@ -38,7 +38,7 @@ def _by_address(args: tuple[Any, ...], facts: list[Any]) -> list[Any]:
             address = arg.data_ptr()
             facts.append(arg.dtype)
             facts.append(address & 15)
-            values.append(address)
+            values.append(address if arg.is_cuda else arg)  # which Triton refuses
             continue
         if kind is tuple:
             facts.append((len(arg),))  # no other fact is a tuple
@@ -77,10 +77,15 @@ class PreparedLaunch:
     __name__ = "launch"  # in the code that torch.fx writes
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], entry: _Entry | None
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        constants: dict[str, Any],
+        entry: _Entry | None,
+        by_address: bool,
     ) -> None:
         self._kernel, self._grid, self._constants, self._entry = kernel, grid, constants, entry
-        self.by_address = entry is not None
+        self.by_address = by_address
 
     def __call__(self, args: tuple[Any, ...], alive: tuple[Tensor, ...] = ()) -> None:
         """``alive``: the tensors of the addresses, which must not be freed before the launch."""
@@ -116,7 +121,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     with torch._C.DisableTorchFunction():
         entry = _launch(kernel, grid, args, constants)
-    note(PreparedLaunch(kernel, grid, constants, entry), args)
+        by_address = entry is not None and _on_gpu(args)
+    note(PreparedLaunch(kernel, grid, constants, entry, by_address), args)
+
+
+def _on_gpu(args: tuple[Any, ...]) -> bool:
+    """Whether all tensors are."""
+    return all(
+        _on_gpu(arg) if isinstance(arg, tuple) else not isinstance(arg, Tensor) or arg.is_cuda
+        for arg in args
+    )
 
 
 def _launch(

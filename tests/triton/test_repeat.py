@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, fx
 
 from fasttune import _registry
 from fasttune.ops import LoraBranch, LoraProjection, _triton
@@ -34,29 +36,24 @@ ON_THE_CPU_THEIR_PRODUCTS_READ_ADDRESSES = ("bottleneck-fp16",)
 
 
 @pytest.fixture(autouse=True)
-def repeats(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def repeats(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """CPU tensors are taken, and every repetition is noted."""
     monkeypatch.setattr(repeat, "takes_cpu_tensors", True)
     done: list[Any] = []
-    known: list[Repeated] = []
     original = Repeated._write_down
 
-    def noted(self: Repeated, args: Any) -> tuple[Any, Callable[..., Any] | None]:
-        known.append(self)
-        result, code = original(self, args)
+    def noted(self: Repeated, args: Any) -> tuple[Any, bool, Callable[..., Any] | None]:
+        result, heard, code = original(self, args)
 
         def counted(*tensors: Tensor) -> Any:
             done.append(len(tensors))
             assert code is not None
             return code(*tensors)
 
-        return result, None if code is None else counted
+        return result, heard, None if code is None else counted
 
     monkeypatch.setattr(Repeated, "_write_down", noted)
-    yield done
-    for function in known:  # what an interpreter has run must not be repeated without it
-        function._known.clear()
-        function._once.clear()
+    return done
 
 
 @triton.jit
@@ -85,9 +82,7 @@ def expected(x: Tensor, others: list[Tensor], factor: float) -> Tensor:
 
 
 @pytest.fixture
-def add_interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Repeated]:
-    import sys
-
+def add_interpreted() -> Iterator[Repeated]:
     with interpreted(sys.modules[__name__]):
         yield Repeated(add)
 
@@ -163,6 +158,43 @@ def is_shaped_by_indices(x: Tensor) -> Tensor:
     return torch.ones(x.nonzero().shape[0]) + 0 * x.sum()
 
 
+def is_shaped_by_classes(x: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot((x[:1] > 0).long()).float()
+
+
+def is_shaped_by_a_listed_mask(x: Tensor) -> Tensor:
+    return torch.ones(x[[x > 0]].numel())  # type: ignore[index]
+
+
+def is_shaped_by_an_aten_function(x: Tensor) -> Tensor:
+    return torch.ones(torch.ops.aten.nonzero.default(x).shape[0])
+
+
+def casts_in_a_mode_of_its_own(x: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return torch.mm(x[None], y[:, None]).float()
+
+
+def asks_for_the_offset(x: Tensor) -> Tensor:
+    return x + x.storage_offset()
+
+
+def asks_for_the_default_dtype(x: Tensor) -> Tensor:
+    return torch.ones(2, dtype=torch.get_default_dtype()) * x[:2]
+
+
+def takes_an_attribute(x: Tensor) -> Tensor:
+    return x.T + 1
+
+
+def takes_a_number_of_numpy(x: Tensor) -> Tensor:
+    return x * np.float64(2)
+
+
+def slices_up_to_a_number_of_numpy(x: Tensor) -> Tensor:
+    return x[: np.int64(2)]
+
+
 def returns_no_tensor(x: Tensor) -> Any:
     return x.tolist()
 
@@ -171,7 +203,10 @@ def returns_no_tensor(x: Tensor) -> Any:
     "function",
     [
         reads_a_value, takes_a_tensor_from_elsewhere, decides_by_a_value, knows_an_address,
-        returns_no_tensor, is_shaped_by_values, is_shaped_by_indices,
+        returns_no_tensor, is_shaped_by_values, is_shaped_by_indices, is_shaped_by_classes,
+        is_shaped_by_a_listed_mask, is_shaped_by_an_aten_function, asks_for_the_offset,
+        asks_for_the_default_dtype, takes_an_attribute, takes_a_number_of_numpy,
+        slices_up_to_a_number_of_numpy,
     ],
 )  # fmt: skip
 def test_what_depends_on_values_runs_as_it_is(
@@ -184,6 +219,61 @@ def test_what_depends_on_values_runs_as_it_is(
         found, true = repeated(x), function(x)
         assert found == true if isinstance(true, list) else torch.equal(found, true)
     assert not repeats
+
+
+def test_a_mode_inside_is_not_lost() -> None:
+    repeated = Repeated(casts_in_a_mode_of_its_own)
+    for _ in range(4):
+        x, y = torch.randn(4), torch.randn(4)
+        assert torch.equal(repeated(x, y), casts_in_a_mode_of_its_own(x, y))
+
+
+def test_zeros_of_two_signs_are_two(repeats: list[Any]) -> None:
+    repeated = Repeated(lambda x, factor: x.mul(factor))
+    for factor in (0.0, 0.0, 0.0, -0.0):
+        found = repeated(torch.ones(2), factor)
+        assert torch.equal(found.signbit(), torch.full((2,), str(factor) == "-0.0"))
+    assert len(repeats) == 1
+
+
+def test_what_nobody_hears_is_not_recorded(repeats: list[Any]) -> None:
+    repeated = Repeated(lambda x: x.add_(1))
+    with torch._C.DisableTorchFunction():
+        for _ in range(4):
+            x = torch.zeros(2)
+            repeated(x)
+            assert torch.equal(x, torch.ones(2))
+    assert not repeats
+
+
+def test_constants_are_the_same_to_the_last_bit(repeats: list[Any]) -> None:
+    for constant in (float("inf"), -float("inf"), 1e-45, 0.1, 1 / 3):
+        repeated = Repeated(lambda x, c: x.mul(c))
+        for _ in range(3):
+            assert torch.equal(repeated(torch.ones(2), constant), torch.ones(2) * constant)
+    assert len(repeats) == 5
+
+
+def test_other_kernels_are_not_taken_for_those_that_were_recorded(repeats: list[Any]) -> None:
+    repeated = Repeated(add)
+    with dry_run(90) as launches:
+        for _ in range(3):
+            repeated(*arguments(), 0.5)
+        assert len(launches) == 3 and len(repeats) == 1
+    with interpreted(sys.modules[__name__]):
+        x, others = arguments()
+        torch.testing.assert_close(repeated(x, others, 0.5), expected(x, others, 0.5))
+    with dry_run(90) as launches:
+        repeated(*arguments(), 0.5)
+    assert len(launches) == 1 and len(repeats) == 1
+
+
+def test_no_source_is_kept_by_torch(add_interpreted: Repeated) -> None:
+    before = len(fx.graph_module._loader.eval_cache)
+    for n in range(30, 40):
+        for _ in range(3):
+            add_interpreted(*arguments(n), 0.5)
+    assert len(fx.graph_module._loader.eval_cache) == before
 
 
 def test_every_launch_is_seen() -> None:
@@ -239,12 +329,13 @@ def test_nothing_is_kept_alive(add_interpreted: Repeated) -> None:
 
 
 def test_the_tables_do_not_grow_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeat, "_MAX_ENTRIES", 3)
-    repeated = Repeated(lambda x: x + 1)
+    monkeypatch.setattr(repeat, "_MOST_FACTS", 3)
+    monkeypatch.setattr(repeat, "_MOST_CODE", 3)
+    repeated = Repeated(lambda x: x.add(1))
     for n in range(1, 12):
         for _ in range(3):
             assert repeated(torch.ones(n)).shape == (n,)
-        assert len(repeated._known) <= 3 and len(repeated._once) <= 3
+        assert len(repeated._code) <= 3 and len(repeated._once) <= 3
 
 
 def facts(found: Launch) -> tuple[Any, ...]:
@@ -284,6 +375,7 @@ def test_the_launches_of_lora_are_the_same(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_repeated_case_matches_truth(case: Case, repeats: list[Any]) -> None:
-    for _ in range(3):
-        run_case(case, "triton")
+    with interpreted():
+        for _ in range(3):
+            run_case(case, "triton")
     assert repeats or case.name in ON_THE_CPU_THEIR_PRODUCTS_READ_ADDRESSES
