@@ -104,6 +104,17 @@ class LoraProjection:
     base: Tensor | None = None
 
 
+# The kinds of tensors of a call, in order: of each projection or of each branch; seeds are drawn.
+_OF_PROJECTIONS, _OF_BRANCHES = 0, 1
+_KINDS = (
+    *((_OF_PROJECTIONS, "weight"), (_OF_PROJECTIONS, "bias")),
+    *((_OF_BRANCHES, "a"), (_OF_BRANCHES, "b"), (_OF_BRANCHES, "bias"), (_OF_BRANCHES, "scaling")),
+    *((_OF_PROJECTIONS, "base"), (_OF_PROJECTIONS, "seed")),
+    *((_OF_BRANCHES, "rank_scale"), (_OF_BRANCHES, "out_scale")),
+)
+_SEEDS, _SCALES = 7, slice(8, 10)  # their places there
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity: one object for all calls of a kind
 class _Spec:
     """Everything about a call that is no tensor.
@@ -136,7 +147,7 @@ class _Spec:
     @property
     def scaled(self) -> bool:
         """Whether a branch scales its ranks or outputs."""
-        return self.places[8][1] is not None or self.places[9][1] is not None
+        return any([place is not None for _, place in self.places[_SCALES]])
 
 
 def _new_spec(
@@ -147,10 +158,10 @@ def _new_spec(
     compute_dtype: torch.dtype,
     given: tuple[bool, ...],  # of each kind, whether a call has any
 ) -> _Spec:
-    n, k = len(counts), len(scalings)
     places: list[tuple[int, slice | None]] = []
     at = 0
-    for size, has in zip((n, n, k, k, k, k, n, n, k, k), given, strict=True):
+    for (of, _), has in zip(_KINDS, given, strict=True):
+        size = len(scalings) if of == _OF_BRANCHES else len(counts)
         places.append((size, slice(at, at + size) if has else None))
         at += size if has else 0
     return _Spec(counts, scalings, thresholds, streams, compute_dtype, tuple(places))
@@ -168,7 +179,8 @@ class _Wanted:
         flags: of x and of each w, bias, a, b, lora_bias: what the op takes. A scaled B is wanted if
             B or one of its scales is.
         of_scaled: the scaled branches, each with which of B, rank_scale and out_scale are wanted.
-        keeps: whether the call keeps its input, each weight, and t of each branch.
+        keeps_input, keeps_weights, keeps_t: whether the call keeps its input, each weight, and t of
+            each branch.
     """
 
     flags: tuple[bool, ...]
@@ -382,23 +394,12 @@ def _pack(
     return packed
 
 
-# The kinds of tensors of a call, in order: of each projection or of each branch; seeds are drawn.
-_OF_PROJECTIONS, _OF_BRANCHES = 0, 1
-_KINDS = (
-    *((_OF_PROJECTIONS, "weight"), (_OF_PROJECTIONS, "bias")),
-    *((_OF_BRANCHES, "a"), (_OF_BRANCHES, "b"), (_OF_BRANCHES, "bias"), (_OF_BRANCHES, "scaling")),
-    *((_OF_PROJECTIONS, "base"), (_OF_PROJECTIONS, "seed")),
-    *((_OF_BRANCHES, "rank_scale"), (_OF_BRANCHES, "out_scale")),
-)
-_SEEDS = 7  # their place there
-
-
 def _tensors(
     kind: int, projections: Sequence[LoraProjection], branches: Sequence[LoraBranch]
 ) -> list[Any]:
     """All of a kind but seeds; None where there is none."""
     of, name = _KINDS[kind]
-    found = [getattr(item, name) for item in (branches if of else projections)]
+    found = [getattr(item, name) for item in (branches if of == _OF_BRANCHES else projections)]
     if name == "scaling":
         return [scale if isinstance(scale, Tensor) else None for scale in found]
     return found

@@ -41,10 +41,9 @@ def forget() -> None:
     _epoch += 1
 
 
-_MEMBERS = vars(torch._C.TensorBase)
 _READS = {  # what they return is among the facts, or follows from them
-    *(_MEMBERS[name] for name in ("size", "stride", "dim", "numel", "element_size")),
-    *(_MEMBERS[name] for name in ("is_contiguous", "get_device", "is_floating_point")),
+    *(getattr(Tensor, name) for name in ("size", "stride", "dim", "numel", "element_size")),
+    *(getattr(Tensor, name) for name in ("is_contiguous", "get_device", "is_floating_point")),
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
     *(Tensor.is_cuda.__get__, Tensor.is_cpu.__get__),
     torch.promote_types,
@@ -52,7 +51,7 @@ _READS = {  # what they return is among the facts, or follows from them
 # Of these, a result that is their argument tells that there was nothing to do.
 _CONVERSIONS = ("to", "contiguous")
 _METHODS = {
-    _MEMBERS[name]: name
+    getattr(Tensor, name): name
     for name in (
         *("new_empty", "new_empty_strided", "new_zeros", "zero_", "copy_", "view", "reshape", "t"),
         *("expand", "unsqueeze", "chunk", "split_with_sizes", "unbind", "sum", "cumsum", "sort"),
@@ -60,7 +59,7 @@ _METHODS = {
         *_CONVERSIONS,
     )
 }
-_INDEXED = _MEMBERS["__getitem__"]
+_INDEXED = Tensor.__getitem__
 _FUNCTIONS = {
     *(torch.empty, torch.empty_like, torch.zeros, torch.zeros_like, torch.cat, torch.mul),
     *(torch.mm, torch.addmm, functional.linear, functional.pad, Tensor.split),
@@ -97,11 +96,8 @@ def _add_facts(args: Sequence[Any], facts: list[Any], tensors: list[Tensor]) -> 
 
 def _modes() -> tuple[bool, ...]:
     """What code that is repeated would find otherwise than it was recorded."""
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *_autocast()
-
-
-def _autocast() -> tuple[bool, bool]:
-    return torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+    autocast = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 class _Recorder(TorchFunctionMode):

@@ -43,7 +43,6 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
     monkeypatch.setattr(_torch, "capturing", lambda: False)
     monkeypatch.setattr(_dropout._Seeds, "_block", block)
     monkeypatch.setattr(_dropout, "_seeds", _dropout._Seeds())
-    monkeypatch.setattr(_dropout, "_random_seeds", _dropout._random_seeds)
     return own
 
 
