@@ -107,13 +107,18 @@ def test_a_tensor_that_was_passed_twice_need_not_be_again(
     assert len(repeats) == 2
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """The same values, not at a multiple of 16 bytes."""
+    return torch.cat([x[:1], x])[1:]
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda x, others, factor: (x, others, 2 * factor),
         lambda x, others, factor: (x[:24], [others[0][:24], others[1]], factor),
         lambda x, others, factor: (x.double(), [y.double() for y in others], factor),
-        lambda x, others, factor: (x[1:], [others[0][1:], others[1]], factor),  # not aligned
+        lambda x, others, factor: (misaligned(x), [misaligned(others[0]), others[1]], factor),
         lambda x, others, factor: (x[::2], [others[0][::2], others[1]], factor),
     ],
     ids=["number", "shape", "dtype", "alignment", "strides"],
