@@ -22,31 +22,40 @@ inline Block packed_block(const uint16_t* tiles) {
   return {tiles, tiles + kTileElements, kTileRowBytes, kStepElements};
 }
 
-inline void prefetch_rows(const uint16_t* tile, int64_t stride) {
-  for (int64_t i = 0; i < kTileSide; ++i)
-    _mm_prefetch(reinterpret_cast<const char*>(tile) + i * stride, _MM_HINT_T0);
+// Asks for half of a tile's rows.
+inline void prefetch_half(const uint16_t* tile, int64_t stride, int half) {
+  const char* rows = reinterpret_cast<const char*>(tile) + half * kTileSide / 2 * stride;
+  for (int64_t i = 0; i < kTileSide / 2; ++i) _mm_prefetch(rows + i * stride, _MM_HINT_T0);
 }
 
 // Registers 0 to 3 += a block times a packed panel. Each register is loaded again as early as its
-// last reader allows, and lines are asked for three steps ahead: where two threads share a core's
-// tiles, hardly any of the waiting is hidden otherwise.
+// last reader allows, and lines are asked for two steps ahead, an eighth of a step's before each
+// instruction on tiles: where two threads share a core, instructions on tiles that follow one
+// another directly wait for each other (a step takes 101 ns with a quarter of the lines before
+// every second one, 122 without, 77 so, 67 without any loads).
 inline void multiply(const Block& block, const uint16_t* panel, int64_t steps) {
-  constexpr int64_t kAhead = 3;
+  constexpr int64_t kAhead = 2;
   const uint16_t *upper = block.upper, *lower = block.lower;
   const int64_t stride = block.stride, step = block.step;
   if (steps == 0) return;
   tile_load<6>(panel, kTileRowBytes), tile_load<4>(upper, stride), tile_load<5>(lower, stride);
   for (; steps > 1; --steps) {
-    prefetch_rows(upper + kAhead * step, stride);
-    tile_dot<0, 4, 6>(), tile_dot<2, 5, 6>();
+    const uint16_t *left = panel + kAhead * kStepElements, *right = left + kTileElements;
+    prefetch_half(upper + kAhead * step, stride, 0);
+    tile_dot<0, 4, 6>();
+    prefetch_half(upper + kAhead * step, stride, 1);
+    tile_dot<2, 5, 6>();
+    prefetch_half(lower + kAhead * step, stride, 0);
     tile_load<7>(panel + kTileElements, kTileRowBytes);
-    prefetch_rows(panel + kAhead * kStepElements, kTileRowBytes);
+    prefetch_half(lower + kAhead * step, stride, 1);
     tile_load<6>(panel + kStepElements, kTileRowBytes);
+    prefetch_half(left, kTileRowBytes, 0);
     tile_dot<1, 4, 7>();
-    prefetch_rows(panel + kAhead * kStepElements + kTileElements, kTileRowBytes);
+    prefetch_half(left, kTileRowBytes, 1);
     tile_load<4>(upper + step, stride);
+    prefetch_half(right, kTileRowBytes, 0);
     tile_dot<3, 5, 7>();
-    prefetch_rows(lower + kAhead * step, stride);
+    prefetch_half(right, kTileRowBytes, 1);
     tile_load<5>(lower + step, stride);
     panel += kStepElements, upper += step, lower += step;
   }
