@@ -194,6 +194,12 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "deep_product",
+      [](const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out, int threads) {
+        kernels().deep_product(x, w, transposed, out, threads);
+      },
+      release());
+  m.def(
       "cross_entropy_rows",
       [](const MutableMatrix& logits, uintptr_t targets, int64_t ignore_index, float logit_scale,
          float softcap, float label_smoothing, float z_loss, bool need_grad, uintptr_t loss,

@@ -201,6 +201,9 @@ struct Kernels {
                        const Reduction* reduction, const float* panel, int64_t rank,
                        const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
                        int threads);
+  // out [M, N] fp32 = x w, of base_product's operands, for a K of many thousands. Null as above.
+  void (*deep_product)(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
+                       int threads);
 
   // out [M, N] = addend + keep * x scale column_scale, with addend and column_scale [N] fp32 or
   // null.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "math.h"
 #include "simd.h"
@@ -12,47 +13,68 @@ namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
 // z = f(logit) and what the gradient needs of f: dz / dlogit = slope(z).
+template <bool Capped>
 struct Transform {
   float scale, softcap;
 
   vf apply(vf logit) const {
     const vf z = logit * splat(scale);
-    return softcap > 0 ? tanh(z * splat(1.0f / softcap)) * splat(softcap) : z;
+    if constexpr (Capped) return tanh(z * splat(1.0f / softcap)) * splat(softcap);
+    return z;
   }
   vf slope(vf z) const {
-    if (!(softcap > 0)) return splat(scale);
+    if constexpr (!Capped) return splat(scale);
     const vf t = z * splat(1.0f / softcap);
     return splat(scale) * (splat(1.0f) - t * t);
   }
 };
 
-// Reads the lanes [j, V) of a row; lanes beyond it get `other`.
-template <typename E>
-inline vf load_logits(E, const typename E::type* row, int64_t j, int64_t vocab, float other) {
-  if (j + kLanes <= vocab) return E::load(row + j);
-  vf v = splat(other);
+inline vf exp_of_difference(vf z, float top) {
+  return by_registers(z - splat(top), [](vr part) { return exp_nonpositive(part); });
+}
+
+// Calls body(j, lanes) for the vectors of [first, end): two at a time as long as there are two
+// whole ones, so that one's latencies hide behind the other's. `lanes` is std::true_type for whole
+// vectors, which need no masks.
+template <typename Body>
+inline void sweep(int64_t first, int64_t end, Body&& body) {
+  int64_t j = first;
+  for (; j + 2 * kLanes <= end; j += 2 * kLanes)
+    body(j, std::true_type{}), body(j + kLanes, std::true_type{});
+  for (; j + kLanes <= end; j += kLanes) body(j, std::true_type{});
+  if (j < end) body(j, std::false_type{});
+}
+
+// Lanes [j, V) of a row; zero beyond.
+template <typename E, typename Whole>
+inline vf load_logits(E, Whole, const typename E::type* row, int64_t j, int64_t vocab) {
+  if constexpr (Whole::value) return E::load(row + j);
+  vf v = {};
   for (int64_t i = 0; j + i < vocab; ++i) v[i] = E::load_one(row + j + i);
   return v;
 }
 
-template <typename E>
-inline void store_logits(E, typename E::type* row, int64_t j, int64_t vocab, vf v) {
-  if (j + kLanes <= vocab) return E::store(row + j, v);
+template <typename E, typename Whole>
+inline void store_logits(E, Whole, typename E::type* row, int64_t j, int64_t vocab, vf v) {
+  if constexpr (Whole::value) return E::store(row + j, v);
   for (int64_t i = 0; j + i < vocab; ++i) E::store_one(row + j + i, v[i]);
 }
 
-inline vi lanes_from(int64_t j, int64_t vocab) {
+// v, with `other` in the lanes beyond V.
+template <typename Whole>
+inline vf within(Whole, vf v, int64_t j, int64_t vocab, float other) {
+  if constexpr (Whole::value) return v;
   constexpr vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < static_cast<int32_t>(std::min<int64_t>(kLanes, vocab - j));
+  return select(lane < static_cast<int32_t>(vocab - j), v, splat(other));
 }
 
-template <typename E>
-inline float one_logit(E, const typename E::type* row, int64_t j, const Transform& transform) {
+template <typename E, typename T>
+inline float one_logit(E, const typename E::type* row, int64_t j, const T& transform) {
   return transform.apply(splat(E::load_one(row + j)))[0];
 }
 
-template <typename E>
-void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
+template <typename E, typename T>
+void one_row(E element, typename E::type* row, int64_t vocab, int64_t target, const T& transform,
              const RowLossOptions& options, const RowLossOutputs& outputs, int64_t index) {
   if (target == options.ignore_index) {
     outputs.loss[index] = 0.0f;
@@ -61,13 +83,14 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
     if (options.need_grad) std::fill(row, row + vocab, typename E::type{});
     return;
   }
-  const Transform transform{options.logit_scale, options.softcap};
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  const auto z_at = [&](auto whole, int64_t j) {
+    return transform.apply(load_logits(element, whole, row, j, vocab));
+  };
   vf best = splat(kLowest);
-  for (int64_t j = 0; j < vocab; j += kLanes) {
-    const vf z = transform.apply(load_logits(element, row, j, vocab, 0.0f));
-    best = max(select(lanes_from(j, vocab), z, splat(kLowest)), best);
-  }
+  sweep(0, vocab, [&](int64_t j, auto whole) {
+    best = max(within(whole, z_at(whole, j), j, vocab, kLowest), best);
+  });
   const float top = max(best);
   // A partial sum per 4096 logits keeps the fp32 error of a long row near that of a pairwise sum.
   constexpr int64_t kSpan = 4096;
@@ -75,15 +98,13 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
   const bool need_total = options.label_smoothing != 0.0f, need_weighted = outputs.entropy;
   for (int64_t first = 0; first < vocab; first += kSpan) {
     vf e_sum = {}, z_sum = {}, ez_sum = {};
-    for (int64_t j = first; j < std::min(first + kSpan, vocab); j += kLanes) {
-      const vi valid = lanes_from(j, vocab);
-      const vf z =
-          select(valid, transform.apply(load_logits(element, row, j, vocab, 0.0f)), splat(0.0f));
-      const vf e = select(valid, exp(z - splat(top)), splat(0.0f));
+    sweep(first, std::min(first + kSpan, vocab), [&](int64_t j, auto whole) {
+      const vf z = z_at(whole, j);
+      const vf e = within(whole, exp_of_difference(z, top), j, vocab, 0.0f);
       e_sum += e;
-      if (need_total) z_sum += z;
+      if (need_total) z_sum += within(whole, z, j, vocab, 0.0f);
       if (need_weighted) ez_sum += select(e > 0.0f, e * (z - splat(top)), splat(0.0f));
-    }
+    });
     exponentials += sum(e_sum);
     total += sum(z_sum);
     weighted += sum(ez_sum);
@@ -107,13 +128,13 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
   const vf factor = splat((1.0f + 2.0f * options.z_loss * lse) / static_cast<float>(exponentials));
   const vf smooth = splat(epsilon / static_cast<float>(vocab));
   const float z0_target = E::load_one(row + target);
-  for (int64_t j = 0; j < vocab; j += kLanes) {
-    const vf z = transform.apply(load_logits(element, row, j, vocab, 0.0f));
-    const vf gradient = exp(z - splat(top)) * factor - smooth;
-    store_logits(element, row, j, vocab, gradient * transform.slope(z));
-  }
+  sweep(0, vocab, [&](int64_t j, auto whole) {
+    const vf z = z_at(whole, j);
+    const vf gradient = exp_of_difference(z, top) * factor - smooth;
+    store_logits(element, whole, row, j, vocab, gradient * transform.slope(z));
+  });
   const vf z = transform.apply(splat(z0_target));
-  const vf gradient = exp(z - splat(top)) * factor - smooth - splat(1.0f - epsilon);
+  const vf gradient = exp_of_difference(z, top) * factor - smooth - splat(1.0f - epsilon);
   E::store_one(row + target, (gradient * transform.slope(z))[0]);
 }
 
@@ -121,15 +142,20 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target,
 
 void cross_entropy_rows(const MutableMatrix& logits, const int64_t* targets,
                         const RowLossOptions& options, const RowLossOutputs& outputs, int threads) {
-  with_element(logits.dtype, [&](auto element) {
+  const auto rows = [&](auto element, auto transform) {
     using E = decltype(element);
     const int team =
         static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, logits.rows)));
 #pragma omp parallel for num_threads(team) schedule(dynamic, 4)
     for (int64_t i = 0; i < logits.rows; ++i) {
       auto* row = static_cast<typename E::type*>(logits.data) + i * logits.stride;
-      one_row(element, row, logits.cols, targets[i], options, outputs, i);
+      one_row(element, row, logits.cols, targets[i], transform, options, outputs, i);
     }
+  };
+  with_element(logits.dtype, [&](auto element) {
+    if (options.softcap > 0)
+      return rows(element, Transform<true>{options.logit_scale, options.softcap});
+    rows(element, Transform<false>{options.logit_scale, options.softcap});
   });
 }
 

@@ -26,6 +26,7 @@ const Kernels& table() {
                                drop,
                                lora_expand,
                                nullptr,  // base_product
+                               nullptr,  // deep_product
                                scaled_sum,
                                ia3_scale_backward,
                                scaled_glu_forward,

@@ -17,7 +17,6 @@ _FEWEST_ROWS = 64  # kFewestRows of csrc/cpu/amx/lora_blocks.h
 # Packed rows of x are as many as fit the second-level cache, and for each such chunk w is packed
 # again. Beyond these depths a chunk has too few rows: the vendor's product is faster there.
 _DEEPEST, _DEEPEST_TRANSPOSED = 2048, 4096
-_DEPTH_OF_PASS = 1536
 
 Product = tuple[Tensor, Tensor]  # x [M, K] and w [K, N]
 
@@ -53,18 +52,10 @@ def has_base_product() -> bool:
 def deep_product(x: Tensor, w: Tensor) -> Tensor:
     """x w [M, N] in fp32, of any depth K, of which takes_product(deep=True) is true."""
     out = torch.zeros(x.shape[0], w.shape[1])  # what it is for a K of 0
-    t, panel = torch.empty(x.shape[0], 0), torch.empty(0, w.shape[1])
-    for start in range(0, x.shape[1], _DEPTH_OF_PASS):
-        end = start + _DEPTH_OF_PASS
-        _expand(
-            t,
-            panel,
-            None,
-            dropout_of(None, 0, 0, 0),
-            out,
-            out if start else None,
-            product=(x[:, start:end], w[start:end]),
-        )
+    if x.shape[1] > 0:
+        transposed = w.stride(1) != 1
+        right = matrix(w.t() if transposed else w)
+        cpu().deep_product(matrix(x), right, transposed, matrix(out, mutable=True), threads())
     return out
 
 

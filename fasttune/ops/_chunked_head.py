@@ -15,11 +15,12 @@ from fasttune.ops import _dropout, _gemm
 from fasttune.ops._row_loss import CrossEntropy
 
 # Logits of a chunk: on a GPU enough rows to fill it, on a CPU few enough not to show in the peak.
-_LOGITS_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+_LOGITS_BYTES = {"cpu": 36 << 20, "cuda": 512 << 20}
 # Every chunk reads the head again. With fewer rows than this part of its features, a chunk is bound
 # by that read: 256 rows for the 4096 features of an 8B model.
 _FEATURES_A_ROW = 16
 _ROWS_MULTIPLE = 64
+_LINE_BYTES, _CONTENDING_BYTES = 64, 2048
 
 
 def chunk_rows(rows: int, features: int, vocab: int, itemsize: int, device_type: str) -> int:
@@ -270,7 +271,16 @@ def allocate(
     )
 
 
+def _stride(vocab: int, itemsize: int) -> int:
+    """Elements from a row of logits to the next: rows a multiple of 2048 bytes apart would share
+    few sets of the first-level cache, so a line is put between them. Others lie as they are: where
+    their length is no multiple of a line, oneDNN's products would read what lies between rows.
+    """
+    contending = vocab * itemsize % _CONTENDING_BYTES == 0
+    return vocab + (_LINE_BYTES // itemsize if contending else 0)
+
+
 def logits_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return _native.scratch("logits", rows, vocab, dtype)
+        return _native.scratch("logits", rows, _stride(vocab, dtype.itemsize), dtype)[:, :vocab]
     return torch.empty(rows, vocab, dtype=dtype, device=device)

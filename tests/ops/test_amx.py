@@ -307,6 +307,27 @@ def test_a_deep_product_is_a_sum_in_fp32(depth, layout, isa):
 
 
 @pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_threads_with_sums_of_their_own_add_up_to_a_deep_product(count, layout, isa):
+    x, w, _, _ = base_operands(300, 7000, 70, 0, layout)  # five passes, the last one not whole
+    with build(isa), threads(count):
+        runs = [_native.deep_product(x, w) for _ in range(3)]
+    exact = x.double() @ w.double()
+    assert largest_error(runs[0], exact) <= 4 * largest_error(x.float() @ w.float(), exact)
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_a_wide_weight_is_shared_out_by_its_columns(isa):
+    x, w, t, b = base_operands(600, 64, 8000, 16, "transposed")
+    with build(isa), threads(2):
+        y = _native.lora_up(t, b, None, out_dtype=torch.bfloat16, product=(x, w))
+    exact = x.double() @ w.double() + t.double() @ b.double().T
+    assert largest_error(y, exact) <= 2 * largest_error(exact.bfloat16(), exact)
+
+
+@pytest.mark.parametrize("isa", TILES)
 def test_a_base_product_does_not_depend_on_the_threads(isa):
     x, w, t, b = base_operands(330, 200, 230, 16)
     runs = []

@@ -8,7 +8,7 @@ from torch.library import opcheck
 from torch.nn.functional import cross_entropy
 
 from fasttune.ops import CrossEntropy, LoraBranch, linear_cross_entropy
-from fasttune.ops._chunked_head import chunk_rows
+from fasttune.ops._chunked_head import chunk_rows, logits_buffer
 from fasttune.ops.linear_cross_entropy import FORWARD
 
 
@@ -187,3 +187,28 @@ def test_row_loss_is_replaceable_by_data():
     assert torch.allclose(
         linear_cross_entropy(hidden, weight, targets, row_loss=smooth), expected, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1000, 1024, 49152])
+def test_rows_of_logits_on_a_cpu_do_not_share_the_same_sets_of_the_cache(vocab, dtype):
+    logits = logits_buffer(8, vocab, dtype, torch.device("cpu"))
+    assert logits.shape == (8, vocab) and logits.stride(1) == 1
+    assert logits.stride(0) * dtype.itemsize % 2048 != 0
+    assert logits.stride(0) == vocab or vocab * dtype.itemsize % 2048 == 0
+
+
+def test_what_lies_between_rows_of_logits_is_not_read():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(70, 64).bfloat16(), torch.randn(2048, 64).bfloat16()
+    targets = torch.randint(0, 2048, (70,))
+    room = logits_buffer(128, 2048, torch.bfloat16, hidden.device)
+    room.as_strided((128 * room.stride(0) - 32,), (1,)).fill_(torch.nan)
+    hidden.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    truth = cross_entropy(exact @ weight.double().t(), targets)
+    truth.backward()
+    assert abs(loss.item() - truth.item()) <= 1e-2 * truth.item()
+    assert (hidden.grad - exact.grad).norm() <= 1e-2 * exact.grad.norm()

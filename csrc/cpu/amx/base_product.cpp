@@ -5,6 +5,7 @@
 // second-level cache holds, and a panel of w is packed as tiles for all of them. x is read where it
 // lies, unless its rows would compete for the same lines of the caches.
 #include <atomic>
+#include <memory>
 
 #include "amx/expand_blocks.h"
 #include "amx/long_sums.h"
@@ -99,13 +100,15 @@ struct Part {
 };
 
 // Rows are shared out as long as every thread keeps enough of them for a panel of w to be worth its
-// packing, columns beyond that.
+// packing, columns beyond that, and first where w has many more columns than x has rows: a thread
+// packs the panels of its columns alone.
 struct Grid {
   int64_t blocks, panels, row_parts, panel_parts;
 
   Grid(int64_t blocks, int64_t panels, int threads) : blocks(blocks), panels(panels) {
-    constexpr int64_t kBlocksWorthPacking = 8;
-    row_parts = std::max<int64_t>(1, std::min<int64_t>(threads, blocks / kBlocksWorthPacking));
+    constexpr int64_t kBlocksWorthPacking = 8, kManyMore = 8;
+    const int64_t worth = panels < kManyMore * blocks ? blocks / kBlocksWorthPacking : 1;
+    row_parts = std::max<int64_t>(1, std::min<int64_t>(threads, worth));
     panel_parts = std::max<int64_t>(1, std::min(threads / row_parts, panels));
   }
   int64_t parts() const { return row_parts * panel_parts; }
@@ -187,10 +190,20 @@ class Chunk {
   uint16_t *lora_, *rows_;
 };
 
+// The part of the panel of w [N, K] from `row` that product i of `count` asks for, so that the
+// panel lies in the second-level cache when it is packed. (Panels of w [K, N] are too large for
+// that.)
+Ahead next_panel(const Matrix& w, int64_t row, int64_t i, int64_t count) {
+  const int64_t each = (kColumnsOfPanel + count - 1) / count, skipped = i * each;
+  const int64_t rows = std::min({each, kColumnsOfPanel - skipped, w.rows - row - skipped});
+  if (rows <= 0) return {};
+  return {at(w, row + skipped, 0), w.stride, rows};
+}
+
 // The panel's columns of the output of `count` blocks from `first`.
 template <typename Finish>
 void multiply_panel(const Call& call, const Chunk& chunk, int64_t first, int64_t count,
-                    const uint16_t* panel, int64_t col, Finish&& finish) {
+                    const uint16_t* panel, int64_t col, int64_t end_col, Finish&& finish) {
   alignas(64) float results[kRowsOfBlock * kColumnsOfPanel],
       dropped[kRowsOfBlock * kColumnsOfPanel];
   const Steps& steps = call.steps;
@@ -203,7 +216,9 @@ void multiply_panel(const Call& call, const Chunk& chunk, int64_t first, int64_t
       store_results(dropped);
       clear_results();
     }
-    multiply(chunk.base(i), panel, steps.base);
+    const int64_t next = col + kColumnsOfPanel;
+    multiply(chunk.base(i), panel, steps.base,
+             call.transposed && next < end_col ? next_panel(call.w, next, i, count) : Ahead{});
     if (!drops) multiply(chunk.lora(i), lora, steps.lora);
     store_results(results);
     const int64_t row = (first + i) * kRowsOfBlock;
@@ -234,13 +249,104 @@ void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&
         const int64_t col = (panel + i) * kColumnsOfPanel;
         uint16_t* own = packed + i * elements;
         split_right(call.factor, call.rank, call.out.cols, col, own + base * kStepElements);
-        multiply_panel(call, chunk, first, count, own, col, finish);
+        multiply_panel(call, chunk, first, count, own, col, part.end_panel * kColumnsOfPanel,
+                       finish);
       }
     }
   }
 }
 
+int64_t buffer_elements(const Call& call, const Grid& grid) {
+  const int64_t blocks = (grid.blocks + grid.row_parts - 1) / grid.row_parts;
+  return kPanelsPacked * call.panel_elements() + call.reduction_elements() +
+         Chunk::elements(call, std::min(call.chunk_blocks(), blocks));
+}
+
+// Calls body(index, buffer) with the tiles in use, each index on a thread.
+template <typename Body>
+void on_threads(int64_t count, int64_t elements, Body&& body) {
+  std::atomic<bool> no_memory{false};  // nothing may be thrown out of a parallel region
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(count))
+  for (int64_t index = 0; index < count; ++index) try {
+      const TileScratch scratch(elements);
+      [[maybe_unused]] const UseTiles use;
+      body(index, scratch.data());
+      _mm_sfence();
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+    }
+  if (no_memory) throw std::bad_alloc();
+}
+
+constexpr int64_t kDepthOfPass = 1536;
+constexpr int64_t kMostSums = 4;
+
+// Columns [first, first + kDepthOfPass) of x, and what they are multiplied by.
+struct Pass {
+  Matrix x, w;
+
+  Pass(const Matrix& all_x, const Matrix& all_w, bool transposed, int64_t first)
+      : x(all_x), w(all_w) {
+    const int64_t depth = std::min(kDepthOfPass, all_x.cols - first);
+    x.data = at(all_x, 0, first), x.cols = depth;
+    w.data = transposed ? at(all_w, 0, first) : at(all_w, first, 0);
+    (transposed ? w.cols : w.rows) = depth;
+  }
+};
+
 }  // namespace
+
+// The depth goes in passes, of which the second-level cache holds the rows of x. Some threads take
+// passes of their own, with sums of their own: so each reads its part of x and w alone. Sums are
+// added in one order, for a number of threads.
+void deep_product(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
+                  int threads) {
+  const int64_t passes = (x.cols + kDepthOfPass - 1) / kDepthOfPass;
+  const int64_t sums = std::max<int64_t>(1, std::min({int64_t{threads}, passes, kMostSums}));
+  const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
+                  (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel,
+                  static_cast<int>(threads / sums));
+  const int64_t size = out.rows * out.cols;
+  const auto others = std::make_unique<float[]>((sums - 1) * size);
+  const auto sums_of = [&](int64_t i) {
+    MutableMatrix own = out;
+    if (i > 0) own.data = others.get() + (i - 1) * size, own.stride = out.cols;
+    return own;
+  };
+  const KeepMask keep(Dropout{});
+  const auto with_pass = [&](int64_t pass, const ExpandTerms& terms, const MutableMatrix& own,
+                             auto&& body) {
+    const Pass operands(x, w, transposed, pass * kDepthOfPass);
+    const Steps steps{(operands.x.cols + kTileDepth - 1) / kTileDepth, 0};
+    body(Call{operands.x, operands.w, transposed, nullptr, nullptr, nullptr, 0, terms, keep, keep,
+              own, steps});
+  };
+  int64_t elements = 0;
+  for (const int64_t pass : {int64_t{0}, passes - 1})  // the last one may have to be packed
+    with_pass(pass, {}, out, [&](const Call& call) {
+      elements = std::max(elements, buffer_elements(call, grid));
+    });
+  on_threads(sums * grid.parts(), elements, [&](int64_t index, uint16_t* buffer) {
+    const int64_t i = index / grid.parts(), first = passes * i / sums;
+    const MutableMatrix own = sums_of(i);
+    const Matrix before{own.data, own.rows, own.cols, own.stride, DType::kFloat32};
+    for (int64_t pass = first; pass < passes * (i + 1) / sums; ++pass) {
+      const ExpandTerms terms{pass > first ? &before : nullptr, nullptr, nullptr};
+      with_pass(pass, terms, own, [&](const Call& call) {
+        with_finish(terms, DType::kFloat32, [&](auto finish) {
+          multiply_part(call, grid.part(index % grid.parts()), buffer, finish);
+        });
+      });
+    }
+  });
+  for (int64_t i = 1; i < sums; ++i)
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < out.rows; ++row) {
+      float* to = static_cast<float*>(out.data) + row * out.stride;
+      const float* from = others.get() + (i - 1) * size + row * out.cols;
+      for (int64_t j = 0; j < out.cols; ++j) to[j] += from[j];
+    }
+}
 
 void base_product(const Matrix& x, const Matrix& w, bool transposed, const float* t,
                   const Reduction* reduction, const float* factor, int64_t rank,
@@ -262,23 +368,11 @@ void base_product(const Matrix& x, const Matrix& w, bool transposed, const float
       {(x.cols + kTileDepth - 1) / kTileDepth, padded_rank(rank) / kLanes * kStepsOfRanks}};
   const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
                   (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel, threads);
-  const int64_t blocks = (grid.blocks + grid.row_parts - 1) / grid.row_parts;
-  const int64_t elements = kPanelsPacked * call.panel_elements() + call.reduction_elements() +
-                           Chunk::elements(call, std::min(call.chunk_blocks(), blocks));
-  const int64_t parts = grid.parts();
-  std::atomic<bool> no_memory{false};  // nothing may be thrown out of a parallel region
   with_finish(terms, out.dtype, [&](auto finish) {
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(parts))
-    for (int64_t part = 0; part < parts; ++part) try {
-        const TileScratch scratch(elements);
-        [[maybe_unused]] const UseTiles use;
-        multiply_part(call, grid.part(part), scratch.data(), finish);
-        _mm_sfence();
-      } catch (const std::bad_alloc&) {
-        no_memory = true;
-      }
+    on_threads(grid.parts(), buffer_elements(call, grid), [&](int64_t index, uint16_t* buffer) {
+      multiply_part(call, grid.part(index), buffer, finish);
+    });
   });
-  if (no_memory) throw std::bad_alloc();
 }
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA

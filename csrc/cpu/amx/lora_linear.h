@@ -14,5 +14,7 @@ void base_product(const Matrix& x, const Matrix& w, bool transposed, const float
                   const Reduction* reduction, const float* factor, int64_t rank,
                   const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
                   int threads);
+void deep_product(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
+                  int threads);
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA

@@ -13,6 +13,7 @@ const Kernels& table() {
     own.lora_outer = lora_outer;
     own.lora_expand = lora_expand;
     own.base_product = base_product;
+    own.deep_product = deep_product;
     own.attention_forward = attention_forward;
     own.attention_backward = attention_backward;
     return own;
