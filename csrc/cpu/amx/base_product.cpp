@@ -262,11 +262,12 @@ int64_t buffer_elements(const Call& call, const Grid& grid) {
          Chunk::elements(call, std::min(call.chunk_blocks(), blocks));
 }
 
-// Calls body(index, buffer) with the tiles in use, each index on a thread.
+// Calls body(index, buffer) for indices below `count`, shared out among threads, with the tiles in
+// use.
 template <typename Body>
-void on_threads(int64_t count, int64_t elements, Body&& body) {
+void on_threads(int threads, int64_t count, int64_t elements, Body&& body) {
   std::atomic<bool> no_memory{false};  // nothing may be thrown out of a parallel region
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(count))
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t index = 0; index < count; ++index) try {
       const TileScratch scratch(elements);
       [[maybe_unused]] const UseTiles use;
@@ -279,7 +280,7 @@ void on_threads(int64_t count, int64_t elements, Body&& body) {
 }
 
 constexpr int64_t kDepthOfPass = 1536;
-constexpr int64_t kMostSums = 4;
+constexpr int64_t kMostSums = 4;  // the same on any number of threads
 
 // Columns [first, first + kDepthOfPass) of x, and what they are multiplied by.
 struct Pass {
@@ -296,16 +297,16 @@ struct Pass {
 
 }  // namespace
 
-// The depth goes in passes, of which the second-level cache holds the rows of x. Some threads take
-// passes of their own, with sums of their own: so each reads its part of x and w alone. Sums are
-// added in one order, for a number of threads.
+// The depth goes in passes, of which the second-level cache holds the rows of x. Parts of the depth
+// have sums of their own, which are added in the end, so that each thread reads its part of x and w
+// alone.
 void deep_product(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
                   int threads) {
   const int64_t passes = (x.cols + kDepthOfPass - 1) / kDepthOfPass;
-  const int64_t sums = std::max<int64_t>(1, std::min({int64_t{threads}, passes, kMostSums}));
+  const int64_t sums = std::max<int64_t>(1, std::min(passes, kMostSums));
   const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
                   (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel,
-                  static_cast<int>(threads / sums));
+                  std::max(1, threads / static_cast<int>(sums)));
   const int64_t size = out.rows * out.cols;
   const auto others = std::make_unique<float[]>((sums - 1) * size);
   const auto sums_of = [&](int64_t i) {
@@ -326,7 +327,7 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
     with_pass(pass, {}, out, [&](const Call& call) {
       elements = std::max(elements, buffer_elements(call, grid));
     });
-  on_threads(sums * grid.parts(), elements, [&](int64_t index, uint16_t* buffer) {
+  on_threads(threads, sums * grid.parts(), elements, [&](int64_t index, uint16_t* buffer) {
     const int64_t i = index / grid.parts(), first = passes * i / sums;
     const MutableMatrix own = sums_of(i);
     const Matrix before{own.data, own.rows, own.cols, own.stride, DType::kFloat32};
@@ -369,7 +370,8 @@ void base_product(const Matrix& x, const Matrix& w, bool transposed, const float
   const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
                   (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel, threads);
   with_finish(terms, out.dtype, [&](auto finish) {
-    on_threads(grid.parts(), buffer_elements(call, grid), [&](int64_t index, uint16_t* buffer) {
+    const auto parts = static_cast<int>(grid.parts());
+    on_threads(parts, parts, buffer_elements(call, grid), [&](int64_t index, uint16_t* buffer) {
       multiply_part(call, grid.part(index), buffer, finish);
     });
   });
