@@ -15,6 +15,7 @@ from fasttune._native._extension import (
 )
 from fasttune._native.adamw import adamw_step, limit_norms, sums_of_squares
 from fasttune._native.attention import MAX_WIDTH, attention_backward, attention_forward
+from fasttune._native.base_product import deep_product, has_base_product, takes_product
 from fasttune._native.bias_activation import (
     bias_activation_backward,
     bias_activation_forward,
@@ -30,15 +31,12 @@ from fasttune._native.layer_norm import (
 from fasttune._native.linear_cross_entropy import cross_entropy_rows_
 from fasttune._native.lora_linear import (
     MAX_RANK,
-    deep_product,
     drop,
-    has_base_product,
     lora_down,
     lora_down_backward,
     lora_layer,
     lora_up,
     lora_up_backward,
-    takes_product,
 )
 from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward

@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from fasttune._native._extension import cpu, fp32, matrix, threads
+from fasttune._native.base_product import Product
 
 MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
 LANES = 16  # kLanes of csrc/cpu/kernels.h
 MASK_SPAN = 64  # kMaskSpan of csrc/cpu/keep_mask.h
-
-_FEWEST_ROWS = 64  # kFewestRows of csrc/cpu/amx/lora_blocks.h
-# Packed rows of x are as many as fit the second-level cache, and for each such chunk w is packed
-# again. Beyond these depths a chunk has too few rows: the vendor's product is faster there.
-_DEEPEST, _DEEPEST_TRANSPOSED = 2048, 4096
-
-Product = tuple[Tensor, Tensor]  # x [M, K] and w [K, N]
 
 
 class Reduced(NamedTuple):
@@ -27,36 +21,6 @@ class Reduced(NamedTuple):
     panel: Tensor  # [K, padded R] fp32
     scale: float
     dropout: Any
-
-
-def takes_product(x: Tensor, w: Tensor, *, deep: bool = False, cast: bool = False) -> bool:
-    """True if x w, x [M, K] and w [K, N], is faster as part of a product of LoRA than the vendor's:
-    both bf16, on tiles. ``deep`` asks for deep_product, ``cast`` about w once it has x's dtype.
-    """
-    if x.dtype != torch.bfloat16 or x.shape[0] < _FEWEST_ROWS:
-        return False
-    if not cast and w.dtype != torch.bfloat16:
-        return False
-    by_rows = w.stride(1) == 1
-    if not (by_rows or w.stride(0) == 1) or x.stride(1) != 1 or x.is_neg() or w.is_neg():
-        return False
-    deepest = _DEEPEST if by_rows else _DEEPEST_TRANSPOSED
-    return (deep or x.shape[1] <= deepest) and has_base_product()
-
-
-def has_base_product() -> bool:
-    """True if products with base weights can run on tiles."""
-    return bool(cpu().has_base_product())
-
-
-def deep_product(x: Tensor, w: Tensor) -> Tensor:
-    """x w [M, N] in fp32, of any depth K, of which takes_product(deep=True) is true."""
-    out = torch.zeros(x.shape[0], w.shape[1])  # what it is for a K of 0
-    if x.shape[1] > 0:
-        transposed = w.stride(1) != 1
-        right = matrix(w.t() if transposed else w)
-        cpu().deep_product(matrix(x), right, transposed, matrix(out, mutable=True), threads())
-    return out
 
 
 def dropout_of(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:

@@ -212,3 +212,19 @@ def test_what_lies_between_rows_of_logits_is_not_read():
     truth.backward()
     assert abs(loss.item() - truth.item()) <= 1e-2 * truth.item()
     assert (hidden.grad - exact.grad).norm() <= 1e-2 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("vocab", [100, 1024])
+@pytest.mark.parametrize("place", ["bias", "hidden"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 1e30])
+def test_what_is_not_finite_is_where_torch_has_it(value, place, vocab):
+    hidden, weight, targets = torch.randn(6, 16), torch.randn(vocab, 16), torch.arange(6)
+    bias = torch.zeros(vocab)
+    {"bias": bias[3], "hidden": hidden[2, 5]}[place].fill_(value)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(ours, weight, targets, bias=bias)
+    stock = cross_entropy(theirs @ weight.t() + bias, targets)
+    loss.backward()
+    stock.backward()
+    assert loss.isfinite() == stock.isfinite()
+    assert torch.equal(ours.grad.isfinite(), theirs.grad.isfinite())
