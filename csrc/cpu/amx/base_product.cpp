@@ -6,6 +6,7 @@
 // lies, unless its rows would compete for the same lines of the caches.
 #include <atomic>
 #include <memory>
+#include <numeric>
 
 #include "amx/expand_blocks.h"
 #include "amx/long_sums.h"
@@ -304,9 +305,10 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
                   int threads) {
   const int64_t passes = (x.cols + kDepthOfPass - 1) / kDepthOfPass;
   const int64_t sums = std::max<int64_t>(1, std::min(passes, kMostSums));
+  // As many parts for each of the sums as give every thread the same number of them.
   const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
                   (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel,
-                  std::max(1, threads / static_cast<int>(sums)));
+                  static_cast<int>(threads / std::gcd(int64_t{threads}, sums)));
   const int64_t size = out.rows * out.cols;
   const auto others = std::make_unique<float[]>((sums - 1) * size);
   const auto sums_of = [&](int64_t i) {
