@@ -36,7 +36,7 @@ struct Ahead {
 
   void ask() {
     for (int64_t i = 0; i < rows; ++i) _mm_prefetch(data + i * stride, _MM_HINT_T1);
-    data += kTileDepth;
+    if (rows > 0) data += kTileDepth;  // nothing is added to a null pointer
   }
 };
 
