@@ -20,7 +20,7 @@ _LOGITS_BYTES = {"cpu": 36 << 20, "cuda": 512 << 20}
 # by that read: 256 rows for the 4096 features of an 8B model.
 _FEATURES_A_ROW = 16
 _ROWS_MULTIPLE = 64
-_LINE_BYTES, _CONTENDING_BYTES = 64, 2048
+_LINE_BYTES, _CONTENDING_BYTES = 64, 2048  # as in csrc/cpu/amx/base_product.cpp, in_place
 
 
 def chunk_rows(rows: int, features: int, vocab: int, itemsize: int, device_type: str) -> int:

@@ -106,7 +106,9 @@ struct Part {
 struct Grid {
   int64_t blocks, panels, row_parts, panel_parts;
 
-  Grid(int64_t blocks, int64_t panels, int threads) : blocks(blocks), panels(panels) {
+  Grid(const MutableMatrix& out, int threads)
+      : blocks((out.rows + kRowsOfBlock - 1) / kRowsOfBlock),
+        panels((out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel) {
     constexpr int64_t kBlocksWorthPacking = 8, kManyMore = 8;
     const int64_t worth = panels < kManyMore * blocks ? blocks / kBlocksWorthPacking : 1;
     row_parts = std::max<int64_t>(1, std::min<int64_t>(threads, worth));
@@ -306,9 +308,7 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
   const int64_t passes = (x.cols + kDepthOfPass - 1) / kDepthOfPass;
   const int64_t sums = std::max<int64_t>(1, std::min(passes, kMostSums));
   // As many parts for each of the sums as give every thread the same number of them.
-  const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
-                  (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel,
-                  static_cast<int>(threads / std::gcd(int64_t{threads}, sums)));
+  const Grid grid(out, static_cast<int>(threads / std::gcd(int64_t{threads}, sums)));
   const int64_t size = out.rows * out.cols;
   const auto others = std::make_unique<float[]>((sums - 1) * size);
   const auto sums_of = [&](int64_t i) {
@@ -369,8 +369,7 @@ void base_product(const Matrix& x, const Matrix& w, bool transposed, const float
       reduction_mask,
       out,
       {(x.cols + kTileDepth - 1) / kTileDepth, padded_rank(rank) / kLanes * kStepsOfRanks}};
-  const Grid grid((x.rows + kRowsOfBlock - 1) / kRowsOfBlock,
-                  (out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel, threads);
+  const Grid grid(out, threads);
   with_finish(terms, out.dtype, [&](auto finish) {
     const auto parts = static_cast<int>(grid.parts());
     on_threads(parts, parts, buffer_elements(call, grid), [&](int64_t index, uint16_t* buffer) {
