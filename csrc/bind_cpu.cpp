@@ -128,6 +128,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa);
   m.def("has_fast_bf16_dot", &has_fast_bf16_dot);
 
+  m.attr("DEEP_SUMS") = kDeepSums;
   m.attr("SUM_ROWS") = kSumRows;
   m.attr("ACTIVATIONS") = py::tuple(py::cast(std::vector<std::string>(
       std::begin(kActivationNames), std::end(kActivationNames))));  // by code
@@ -195,19 +196,20 @@ PYBIND11_MODULE(_cpu, m) {
       release());
   m.def(
       "deep_product",
-      [](const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out, int threads) {
-        kernels().deep_product(x, w, transposed, out, threads);
+      [](const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
+         uintptr_t partial, int threads) {
+        kernels().deep_product(x, w, transposed, out, pointer<float>(partial), threads);
       },
       release());
   m.def(
       "cross_entropy_rows",
       [](const MutableMatrix& logits, uintptr_t targets, int64_t ignore_index, float logit_scale,
          float softcap, float label_smoothing, float z_loss, bool need_grad, uintptr_t loss,
-         uintptr_t correct, uintptr_t entropy, int threads) {
+         uintptr_t correct, uintptr_t entropy, uintptr_t room, int threads) {
         const RowLossOptions options{ignore_index,    logit_scale, softcap,
                                      label_smoothing, z_loss,      need_grad};
         const RowLossOutputs outputs{pointer<float>(loss), pointer<float>(correct),
-                                     pointer<float>(entropy)};
+                                     pointer<float>(entropy), pointer<float>(room)};
         kernels().cross_entropy_rows(logits, pointer<const int64_t>(targets), options, outputs,
                                      threads);
       },

@@ -5,11 +5,8 @@
 #include <algorithm>
 #include <atomic>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "kernels.h"
+#include "threads.h"
 
 namespace fasttune::cpu {
 
@@ -20,14 +17,6 @@ constexpr int64_t kBlockRows = 64;  // queries of one head
 constexpr int64_t kBlockKeys = 128;
 
 inline int64_t divide_up(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-inline int64_t thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // Hands out pieces of one buffer of floats, aligned to 64 bytes; without a buffer it only measures.
 class Arena {

@@ -54,6 +54,7 @@ struct RowLossOutputs {
   float* loss;     // [C]
   float* correct;  // [C] or null
   float* entropy;  // [C] or null
+  float* room;     // [threads, V] if a gradient is needed
 };
 
 // [batch, heads, positions, width] with unit stride in width; no data where absent.
@@ -201,9 +202,10 @@ struct Kernels {
                        const Reduction* reduction, const float* panel, int64_t rank,
                        const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
                        int threads);
-  // out [M, N] fp32 = x w, of base_product's operands, for a K of many thousands. Null as above.
+  // out [M, N] fp32 = x w, of base_product's operands, for a K of many thousands; partial is fp32
+  // [kDeepSums - 1, M, N]. Null as above.
   void (*deep_product)(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
-                       int threads);
+                       float* partial, int threads);
 
   // out [M, N] = addend + keep * x scale column_scale, with addend and column_scale [N] fp32 or
   // null.
@@ -317,6 +319,7 @@ struct Kernels {
                       Rounding rounding, int threads);
 };
 
+constexpr int64_t kDeepSums = 4;   // of deep_product, on any number of threads
 constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds
 constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
 constexpr int64_t kMaxRank = 256;  // of lora_reduce and reft

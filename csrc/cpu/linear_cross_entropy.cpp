@@ -6,9 +6,12 @@
 
 #include "math.h"
 #include "simd.h"
+#include "threads.h"
 
 // Floor: a row of 49152 bf16 logits is 96 KB and stays in the second-level cache, so the three
 // sweeps (maximum; sum of exponentials; gradient) cost one read and one write of memory per logit.
+// The exponentials stay there in fp32 for the gradient, which costs less than to compute them
+// again, and the next row is asked for while they become one.
 namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
@@ -73,9 +76,11 @@ inline float one_logit(E, const typename E::type* row, int64_t j, const T& trans
   return transform.apply(splat(E::load_one(row + j)))[0];
 }
 
+// `next` is the row that is likely to follow, `exponentials` room for [V].
 template <typename E, typename T>
-void one_row(E element, typename E::type* row, int64_t vocab, int64_t target, const T& transform,
-             const RowLossOptions& options, const RowLossOutputs& outputs, int64_t index) {
+void one_row(E element, typename E::type* row, const typename E::type* next, int64_t vocab,
+             int64_t target, const T& transform, const RowLossOptions& options,
+             const RowLossOutputs& outputs, float* exponentials, int64_t index) {
   if (target == options.ignore_index) {
     outputs.loss[index] = 0.0f;
     if (outputs.correct) outputs.correct[index] = 0.0f;
@@ -84,6 +89,7 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target, co
     return;
   }
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
+  constexpr Element<DType::kFloat32> fp32;
   const auto z_at = [&](auto whole, int64_t j) {
     return transform.apply(load_logits(element, whole, row, j, vocab));
   };
@@ -94,22 +100,23 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target, co
   const float top = max(best);
   // A partial sum per 4096 logits keeps the fp32 error of a long row near that of a pairwise sum.
   constexpr int64_t kSpan = 4096;
-  double exponentials = 0, total = 0, weighted = 0;
+  double sum_of_exponentials = 0, total = 0, weighted = 0;
   const bool need_total = options.label_smoothing != 0.0f, need_weighted = outputs.entropy;
   for (int64_t first = 0; first < vocab; first += kSpan) {
     vf e_sum = {}, z_sum = {}, ez_sum = {};
     sweep(first, std::min(first + kSpan, vocab), [&](int64_t j, auto whole) {
       const vf z = z_at(whole, j);
       const vf e = within(whole, exp_of_difference(z, top), j, vocab, 0.0f);
+      if (options.need_grad) store_logits(fp32, whole, exponentials, j, vocab, e);
       e_sum += e;
       if (need_total) z_sum += within(whole, z, j, vocab, 0.0f);
       if (need_weighted) ez_sum += select(e > 0.0f, e * (z - splat(top)), splat(0.0f));
     });
-    exponentials += sum(e_sum);
+    sum_of_exponentials += sum(e_sum);
     total += sum(z_sum);
     weighted += sum(ez_sum);
   }
-  const float lse = top + static_cast<float>(std::log(exponentials));
+  const float lse = top + static_cast<float>(std::log(sum_of_exponentials));
   const float z_target = one_logit(element, row, target, transform);
   const float epsilon = options.label_smoothing;
   float loss = (1.0f - epsilon) * (lse - z_target) + options.z_loss * lse * lse;
@@ -122,19 +129,22 @@ void one_row(E element, typename E::type* row, int64_t vocab, int64_t target, co
     outputs.correct[index] = first_of_maxima ? 1.0f : 0.0f;
   }
   if (outputs.entropy)  // lse - sum p z = log sum e - sum e (z - top) / sum e
-    outputs.entropy[index] = static_cast<float>(std::log(exponentials) - weighted / exponentials);
+    outputs.entropy[index] =
+        static_cast<float>(std::log(sum_of_exponentials) - weighted / sum_of_exponentials);
   if (!options.need_grad) return;
   // dloss / dz = p (1 + 2 z_loss lse) - epsilon / V - (1 - epsilon) [target]
-  const vf factor = splat((1.0f + 2.0f * options.z_loss * lse) / static_cast<float>(exponentials));
+  const vf factor =
+      splat((1.0f + 2.0f * options.z_loss * lse) / static_cast<float>(sum_of_exponentials));
   const vf smooth = splat(epsilon / static_cast<float>(vocab));
   const float z0_target = E::load_one(row + target);
   sweep(0, vocab, [&](int64_t j, auto whole) {
     const vf z = z_at(whole, j);
-    const vf gradient = exp_of_difference(z, top) * factor - smooth;
+    const vf gradient = load_logits(fp32, whole, exponentials, j, vocab) * factor - smooth;
+    __builtin_prefetch(next + j, 0, 2);
     store_logits(element, whole, row, j, vocab, gradient * transform.slope(z));
   });
   const vf z = transform.apply(splat(z0_target));
-  const vf gradient = exp_of_difference(z, top) * factor - smooth - splat(1.0f - epsilon);
+  const vf gradient = splat(exponentials[target]) * factor - smooth - splat(1.0f - epsilon);
   E::store_one(row + target, (gradient * transform.slope(z))[0]);
 }
 
@@ -149,7 +159,11 @@ void cross_entropy_rows(const MutableMatrix& logits, const int64_t* targets,
 #pragma omp parallel for num_threads(team) schedule(dynamic, 4)
     for (int64_t i = 0; i < logits.rows; ++i) {
       auto* row = static_cast<typename E::type*>(logits.data) + i * logits.stride;
-      one_row(element, row, logits.cols, targets[i], transform, options, outputs, i);
+      const auto* next = i + 1 < logits.rows ? row + logits.stride : row;
+      float* exponentials =
+          options.need_grad ? outputs.room + thread_index() * logits.cols : nullptr;
+      one_row(element, row, next, logits.cols, targets[i], transform, options, outputs,
+              exponentials, i);
     }
   };
   with_element(logits.dtype, [&](auto element) {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import mmap
 import sys
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -51,6 +53,9 @@ def cpu_missing() -> str | None:
     return None
 
 
+_HUGE_PAGE = 2 << 20  # bytes
+
+
 class _Scratch(threading.local):
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -66,9 +71,25 @@ def scratch(name: str, rows: int, cols: int, dtype: torch.dtype = torch.float32)
     """
     flat = _scratch.buffers.get((name, dtype))
     if flat is None or flat.numel() < rows * cols:
-        flat = torch.empty(rows * cols, dtype=dtype)
+        flat = _in_huge_pages(rows * cols, dtype)
         _scratch.buffers[name, dtype] = flat
     return flat[: rows * cols].view(rows, cols)
+
+
+def _in_huge_pages(elements: int, dtype: torch.dtype) -> Tensor:
+    """A buffer [elements] that the kernel is asked to put in pages of 2 MB if it is at least as
+    large: of wide rows, each lies in small pages of its own, and tiles read 16 of them at once.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    size = elements * dtype.itemsize
+    if advice is None or size < _HUGE_PAGE:
+        return torch.empty(elements, dtype=dtype)
+    area = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages; small ones do as well
+        area.madvise(advice)
+    data = torch.frombuffer(area, dtype=torch.uint8)  # keeps the mapping alive
+    start = -data.data_ptr() % _HUGE_PAGE
+    return data[start : start + size].view(dtype)
 
 
 def free_scratch() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, matrix, threads
+from fasttune._native._extension import cpu, matrix, scratch, threads
 
 _FEWEST_ROWS = 64  # kFewestRows of csrc/cpu/amx/lora_blocks.h
 # Packed rows of x are as many as fit the second-level cache, and for each such chunk w is packed
@@ -37,9 +37,12 @@ def has_base_product() -> bool:
 
 def deep_product(x: Tensor, w: Tensor) -> Tensor:
     """x w [M, N] in fp32, of any depth K, of which takes_product(deep=True) is true."""
-    out = torch.zeros(x.shape[0], w.shape[1])  # what it is for a K of 0
-    if x.shape[1] > 0:
-        transposed = w.stride(1) != 1
-        right = matrix(w.t() if transposed else w)
-        cpu().deep_product(matrix(x), right, transposed, matrix(out, mutable=True), threads())
+    rows, cols = x.shape[0], w.shape[1]
+    if x.shape[1] == 0:
+        return torch.zeros(rows, cols)
+    out = torch.empty(rows, cols)
+    partial = scratch("deep_product", (cpu().DEEP_SUMS - 1) * rows, cols).data_ptr()
+    transposed = w.stride(1) != 1
+    right = matrix(w.t() if transposed else w)
+    cpu().deep_product(matrix(x), right, transposed, matrix(out, mutable=True), partial, threads())
     return out

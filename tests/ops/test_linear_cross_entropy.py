@@ -228,3 +228,18 @@ def test_what_is_not_finite_is_where_torch_has_it(value, place, vocab):
     stock.backward()
     assert loss.isfinite() == stock.isfinite()
     assert torch.equal(ours.grad.isfinite(), theirs.grad.isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_does_not_depend_on_the_number_of_threads(dtype):
+    hidden = (4 * torch.randn(70, 32)).to(dtype).requires_grad_()
+    weight, targets = torch.randn(1003, 32).to(dtype), torch.randint(0, 1003, (70,))
+    previous, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 9):
+            torch.set_num_threads(count)
+            loss = linear_cross_entropy(hidden, weight, targets, reduction="sum")
+            runs.append(torch.autograd.grad(loss, hidden)[0])
+    finally:
+        torch.set_num_threads(previous)
+    assert all((run - runs[0]).norm() <= 1e-3 * runs[0].norm() for run in runs[1:])

@@ -5,7 +5,6 @@
 // second-level cache holds, and a panel of w is packed as tiles for all of them. x is read where it
 // lies, unless its rows would compete for the same lines of the caches.
 #include <atomic>
-#include <memory>
 #include <numeric>
 
 #include "amx/expand_blocks.h"
@@ -283,7 +282,6 @@ void on_threads(int threads, int64_t count, int64_t elements, Body&& body) {
 }
 
 constexpr int64_t kDepthOfPass = 1536;
-constexpr int64_t kMostSums = 4;  // the same on any number of threads
 
 // Columns [first, first + kDepthOfPass) of x, and what they are multiplied by.
 struct Pass {
@@ -304,16 +302,15 @@ struct Pass {
 // have sums of their own, which are added in the end, so that each thread reads its part of x and w
 // alone.
 void deep_product(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
-                  int threads) {
+                  float* partial, int threads) {
   const int64_t passes = (x.cols + kDepthOfPass - 1) / kDepthOfPass;
-  const int64_t sums = std::max<int64_t>(1, std::min(passes, kMostSums));
+  const int64_t sums = std::max<int64_t>(1, std::min(passes, kDeepSums));
   // As many parts for each of the sums as give every thread the same number of them.
   const Grid grid(out, static_cast<int>(threads / std::gcd(int64_t{threads}, sums)));
   const int64_t size = out.rows * out.cols;
-  const auto others = std::make_unique<float[]>((sums - 1) * size);
   const auto sums_of = [&](int64_t i) {
     MutableMatrix own = out;
-    if (i > 0) own.data = others.get() + (i - 1) * size, own.stride = out.cols;
+    if (i > 0) own.data = partial + (i - 1) * size, own.stride = out.cols;
     return own;
   };
   const KeepMask keep(Dropout{});
@@ -346,7 +343,7 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < out.rows; ++row) {
       float* to = static_cast<float*>(out.data) + row * out.stride;
-      const float* from = others.get() + (i - 1) * size + row * out.cols;
+      const float* from = partial + (i - 1) * size + row * out.cols;
       for (int64_t j = 0; j < out.cols; ++j) to[j] += from[j];
     }
 }

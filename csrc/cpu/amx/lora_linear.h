@@ -15,6 +15,6 @@ void base_product(const Matrix& x, const Matrix& w, bool transposed, const float
                   const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
                   int threads);
 void deep_product(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
-                  int threads);
+                  float* partial, int threads);
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA
