@@ -3,6 +3,7 @@
 The same products at the same shapes as one step of the SmolLM2-135M scenario, in the compute dtype,
 by torch, on real data: forward and gradient by the input of every projection and of the head, and
 attention forward and backward by the faster of torch's and ours. Nothing else: no LoRA, no norms.
+Every layer has weights of its own, as the model has: they come from memory, not from a cache.
 """
 
 from __future__ import annotations
@@ -51,25 +52,23 @@ def gemm_step(dtype: torch.dtype) -> Callable[[], object]:
     """All products of one training step with frozen weights."""
     rows = BATCH * SEQUENCE
     operands = [
-        (
-            torch.randn(rows, k).to(dtype),
-            torch.randn(n, k).to(dtype),
-            torch.randn(rows, n).to(dtype),
-        )
-        for k, n in products()
+        (torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype)) for k, n in products()
     ]
+    layers = [[torch.randn(n, k).to(dtype) for k, n in products()] for _ in range(LAYERS)]
     head = torch.randn(SMOLLM2.vocabulary, SMOLLM2.hidden).to(dtype)
     hidden = torch.randn(HEAD_ROWS, SMOLLM2.hidden).to(dtype)
     logits = torch.empty(HEAD_ROWS, SMOLLM2.vocabulary, dtype=dtype)
 
     def step() -> None:
-        for _ in range(LAYERS):
-            for x, weight, dy in operands:
+        for weights in layers:
+            for (x, _), weight in zip(operands, weights, strict=True):
                 torch.mm(x, weight.t())
-                torch.mm(dy, weight)
         for _ in range(rows // HEAD_ROWS):
             torch.mm(hidden, head.t(), out=logits)
             torch.mm(logits, head)
+        for weights in reversed(layers):
+            for (_, dy), weight in zip(operands, weights, strict=True):
+                torch.mm(dy, weight)
 
     return step
 
