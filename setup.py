@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "csrc"))
 import nvcc  # noqa: E402, a file of csrc
 
-ONCE = ["csrc/cpu/isa.cpp", "csrc/bind_cpu.cpp"]
+ONCE = ["csrc/bind_cpu.cpp", "csrc/cpu/isa.cpp"]  # the first takes longest
 KERNELS = sorted(
     path
     for path in (str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))
@@ -36,16 +36,19 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
     ]
-    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
-# Tiles: builds of a few kernels, on top of that of AVX-512. The emulated one is for tests on CPUs
-# without them.
-AMX_KERNELS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu/amx").glob("*.cpp"))
-AMX_FLAGS: dict[str, list[str]] = {}
-if "avx512bf16" in ISA_FLAGS and sys.platform == "linux":
-    AMX_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
-    if os.environ.get("FASTTUNE_EMULATED_AMX") == "1":
-        AMX_FLAGS["amxemulated"] = [*ISA_FLAGS["avx512bf16"], "-DFASTTUNE_EMULATE_AMX"]
+# Builds of a few kernels, on top of that of AVX-512: their flags and sources. The emulated one is
+# for tests on CPUs without tiles.
+ON_AVX512: dict[str, tuple[list[str], list[str]]] = {}
+if "avx512" in ISA_FLAGS:
+    bf16_dot = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+    attention = [source for source in KERNELS if "attention" in source]
+    ON_AVX512["avx512bf16"] = bf16_dot, [*attention, "csrc/cpu/bf16_dot/table.cpp"]
+    if sys.platform == "linux":
+        tiles = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu/amx").glob("*.cpp"))
+        ON_AVX512["amx"] = [*bf16_dot, "-mamx-tile", "-mamx-bf16"], tiles
+        if os.environ.get("FASTTUNE_EMULATED_AMX") == "1":
+            ON_AVX512["amxemulated"] = [*bf16_dot, "-DFASTTUNE_EMULATE_AMX"], tiles
 
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
 # Compute capabilities with code of their own, by the PTX they are assembled from: the source is
@@ -109,15 +112,16 @@ class BuildExt(build_ext):
         # second runtime would fight torch's threads. So compile with OpenMP, link without it.
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
         common = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *openmp]
-        common += ["-ffp-contract=fast", "-Wno-unknown-pragmas"]
-        tiles = {  # GCC has them from 11 on
-            isa: flags
-            for isa, flags in AMX_FLAGS.items()
+        # Python's own flags ask for debug information, a fifth of the time; linking drops it.
+        common += ["-ffp-contract=fast", "-Wno-unknown-pragmas", "-g0"]
+        partial = {  # GCC has tiles from 11 on
+            isa: build
+            for isa, build in ON_AVX512.items()
             if isa != "amx" or has_flag(self.compiler, "-mamx-bf16")
         }
         builds = {"FASTTUNE_X86_BUILDS": "avx2" in ISA_FLAGS}
-        builds["FASTTUNE_AMX_BUILD"] = "amx" in tiles
-        builds["FASTTUNE_EMULATED_AMX_BUILD"] = "amxemulated" in tiles
+        builds["FASTTUNE_AMX_BUILD"] = "amx" in partial
+        builds["FASTTUNE_EMULATED_AMX_BUILD"] = "amxemulated" in partial
         x86 = [(name, "1") for name, there in builds.items() if there]
         includes = [*ext.include_dirs, str(ROOT / "csrc"), str(ROOT / "csrc/cpu")]
         temp = Path(self.build_temp)
@@ -133,9 +137,11 @@ class BuildExt(build_ext):
                 debug=False,
             )
 
-        jobs = [(source, isa, flags) for isa, flags in ISA_FLAGS.items() for source in KERNELS]
-        jobs += [(source, isa, flags) for isa, flags in tiles.items() for source in AMX_KERNELS]
-        jobs += [(source, "once", []) for source in ONCE]
+        jobs: list[tuple[str, str, list[str]]] = [(source, "once", []) for source in ONCE]
+        jobs += [(source, isa, flags) for isa, flags in ISA_FLAGS.items() for source in KERNELS]
+        jobs += [
+            (source, isa, flags) for isa, (flags, sources) in partial.items() for source in sources
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for names in pool.map(compile_one, jobs) for name in names]
         self.compiler.link_shared_object(

@@ -205,11 +205,11 @@ PYBIND11_MODULE(_cpu, m) {
       "cross_entropy_rows",
       [](const MutableMatrix& logits, uintptr_t targets, int64_t ignore_index, float logit_scale,
          float softcap, float label_smoothing, float z_loss, bool need_grad, uintptr_t loss,
-         uintptr_t correct, uintptr_t entropy, uintptr_t room, int threads) {
+         uintptr_t correct, uintptr_t entropy, uintptr_t exponentials, int threads) {
         const RowLossOptions options{ignore_index,    logit_scale, softcap,
                                      label_smoothing, z_loss,      need_grad};
         const RowLossOutputs outputs{pointer<float>(loss), pointer<float>(correct),
-                                     pointer<float>(entropy), pointer<float>(room)};
+                                     pointer<float>(entropy), pointer<float>(exponentials)};
         kernels().cross_entropy_rows(logits, pointer<const int64_t>(targets), options, outputs,
                                      threads);
       },

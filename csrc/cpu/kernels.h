@@ -51,10 +51,10 @@ struct RowLossOptions {
 };
 
 struct RowLossOutputs {
-  float* loss;     // [C]
-  float* correct;  // [C] or null
-  float* entropy;  // [C] or null
-  float* room;     // [threads, V] if a gradient is needed
+  float* loss;          // [C]
+  float* correct;       // [C] or null
+  float* entropy;       // [C] or null
+  float* exponentials;  // room for [threads, V] if a gradient is needed
 };
 
 // [batch, heads, positions, width] with unit stride in width; no data where absent.

@@ -161,7 +161,7 @@ void cross_entropy_rows(const MutableMatrix& logits, const int64_t* targets,
       auto* row = static_cast<typename E::type*>(logits.data) + i * logits.stride;
       const auto* next = i + 1 < logits.rows ? row + logits.stride : row;
       float* exponentials =
-          options.need_grad ? outputs.room + thread_index() * logits.cols : nullptr;
+          options.need_grad ? outputs.exponentials + thread_index() * logits.cols : nullptr;
       one_row(element, row, next, logits.cols, targets[i], transform, options, outputs,
               exponentials, i);
     }

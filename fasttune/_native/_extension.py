@@ -69,11 +69,20 @@ def scratch(name: str, rows: int, cols: int, dtype: torch.dtype = torch.float32)
 
     Large temporaries from malloc cost a page fault per 4 KB each time; this one stays mapped.
     """
+    return _kept(name, rows * cols, dtype)[: rows * cols].view(rows, cols)
+
+
+def room(name: str, elements: int) -> int:
+    """The address of such a buffer of fp32, for a kernel."""
+    return _kept(name, elements, torch.float32).data_ptr()
+
+
+def _kept(name: str, elements: int, dtype: torch.dtype) -> Tensor:
     flat = _scratch.buffers.get((name, dtype))
-    if flat is None or flat.numel() < rows * cols:
-        flat = _in_huge_pages(rows * cols, dtype)
+    if flat is None or flat.numel() < elements:
+        flat = _in_huge_pages(elements, dtype)
         _scratch.buffers[name, dtype] = flat
-    return flat[: rows * cols].view(rows, cols)
+    return flat
 
 
 def _in_huge_pages(elements: int, dtype: torch.dtype) -> Tensor:

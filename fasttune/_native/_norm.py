@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import DTYPE_CODES, cpu, matrix, scratch
+from fasttune._native._extension import DTYPE_CODES, cpu, matrix, room
 
 # Rows are shared out in at most this many parts, the same whatever the number of threads, so that
 # sums over the rows have one order; a part has at least MIN_ROWS rows, the price of its partial
@@ -22,12 +22,10 @@ def vector(name: str, x: Tensor | None, offset: float, cols: int) -> Any:
     make = cpu().NormVector
     if x is not None and x.dtype == torch.float32 and offset == 0.0:
         return make(x.data_ptr(), 0, 0.0, 0)
-    room = scratch(name, 1, cols).data_ptr()
-    return (
-        make(0, 0, 0.0, room)
-        if x is None
-        else make(x.data_ptr(), DTYPE_CODES[x.dtype], offset, room)
-    )
+    converted = room(name, cols)
+    if x is None:
+        return make(0, 0, 0.0, converted)
+    return make(x.data_ptr(), DTYPE_CODES[x.dtype], offset, converted)
 
 
 def parts(rows: int, summed: bool) -> int:
@@ -40,9 +38,8 @@ def column_sums(name: str, wanted: bool, count: int, cols: int) -> tuple[Tensor 
     if not wanted:
         return None, cpu().ColumnSums(0, 0, count)
     out = torch.empty(cols, dtype=torch.float32)
-    return out, cpu().ColumnSums(
-        out.data_ptr(), scratch(name, count, cols).data_ptr() if count else 0, count
-    )
+    partial = room(name, count * cols) if count else 0
+    return out, cpu().ColumnSums(out.data_ptr(), partial, count)
 
 
 def optional_matrix(x: Tensor | None, *, mutable: bool = False) -> Any:

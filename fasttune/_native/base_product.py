@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, matrix, scratch, threads
+from fasttune._native._extension import cpu, matrix, room, threads
 
 _FEWEST_ROWS = 64  # kFewestRows of csrc/cpu/amx/lora_blocks.h
 # Packed rows of x are as many as fit the second-level cache, and for each such chunk w is packed
@@ -41,7 +41,7 @@ def deep_product(x: Tensor, w: Tensor) -> Tensor:
     if x.shape[1] == 0:
         return torch.zeros(rows, cols)
     out = torch.empty(rows, cols)
-    partial = scratch("deep_product", (cpu().DEEP_SUMS - 1) * rows, cols).data_ptr()
+    partial = room("deep_product", (cpu().DEEP_SUMS - 1) * rows * cols)
     transposed = w.stride(1) != 1
     right = matrix(w.t() if transposed else w)
     cpu().deep_product(matrix(x), right, transposed, matrix(out, mutable=True), partial, threads())

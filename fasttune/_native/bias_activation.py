@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native._activation import activation_codes
-from fasttune._native._extension import cpu, fp32, matrix, scratch, threads
+from fasttune._native._extension import cpu, fp32, matrix, room, threads
 
 
 def bias_activation_forward(
@@ -55,6 +55,6 @@ def column_sum(x: Tensor) -> Tensor:
     """The sum [N] of the rows of x [M, N] in fp32, in an order that the shape fixes."""
     rows, cols = x.shape
     out = torch.empty(cols, dtype=torch.float32)
-    partial = scratch("column_sum", -(-rows // cpu().SUM_ROWS), cols)
-    cpu().column_sum(matrix(x), partial.data_ptr(), out.data_ptr(), threads())
+    partial = room("column_sum", -(-rows // cpu().SUM_ROWS) * cols)
+    cpu().column_sum(matrix(x), partial, out.data_ptr(), threads())
     return out

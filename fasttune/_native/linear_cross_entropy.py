@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, matrix, scratch, threads
+from fasttune._native._extension import cpu, matrix, room, threads
 
 
 def cross_entropy_rows_(
@@ -26,7 +26,7 @@ def cross_entropy_rows_(
     correct = torch.empty_like(loss) if need_stats else None
     entropy = torch.empty_like(loss) if need_stats else None
     targets = targets.contiguous()
-    room = scratch("exponentials", threads(), logits.shape[1]).data_ptr() if need_grad else 0
+    exponentials = room("exponentials", threads() * logits.shape[1]) if need_grad else 0
     cpu().cross_entropy_rows(
         matrix(logits, mutable=True),
         targets.data_ptr(),
@@ -39,7 +39,7 @@ def cross_entropy_rows_(
         loss.data_ptr(),
         0 if correct is None else correct.data_ptr(),
         0 if entropy is None else entropy.data_ptr(),
-        room,
+        exponentials,
         threads(),
     )
     return loss, correct, entropy

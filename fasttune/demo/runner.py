@@ -155,7 +155,7 @@ class DemoRun:
         if steps < self.record.steps_requested:
             self._display.line(
                 f"One step of both takes about {pair_s:.1f} s here: {steps} steps instead of "
-                f"{self.record.steps_requested}, to stay within {self._options.budget_s / 60:.0f} "
+                f"{self.record.steps_requested}, to stay within {self._options.budget_s / 60:g} "
                 "minutes. --steps N overrides this."
             )
         return steps

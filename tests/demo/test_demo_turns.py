@@ -101,8 +101,8 @@ def test_reduced_number_of_steps_is_said(tmp_path: Path) -> None:
     )
     with OutputFolder(tmp_path / "o") as folder:
         run = DemoRun(DemoOptions(), folder, Recorder(Console()), task, "m")
-        steps = run.plan(pair_s=8.0, spent_s=40.0, evaluation_s=10.0)
-    assert steps == 30  # (300 - 40 - 10 - 10) / 8
+        steps = run.plan(pair_s=7.0, spent_s=40.0, evaluation_s=10.0)
+    assert steps == 30  # (270 - 40 - 10 - 10) / 7
     assert (run.record.steps_requested, run.record.steps_planned) == (60, 30)
     assert len(lines) == 1
-    assert "8.0 s here: 30 steps instead of 60, to stay within 5 minutes" in lines[0]
+    assert "7.0 s here: 30 steps instead of 60, to stay within 4.5 minutes" in lines[0]

@@ -81,26 +81,41 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().mean())
 
 
+def deviation(a: Tensor, b: Tensor) -> float:
+    """The largest relative difference of the losses of a step."""
+    return float(((a - b).abs() / b).max())
+
+
 def test_without_dropout_every_step_is_within_one_percent(curve: Curve) -> None:
     stock = curve("bfloat16", dropout=0.0, seed=1, patched=False)
     ours = curve("bfloat16", dropout=0.0, seed=1, patched=True)
-    deviation = ((ours - stock).abs() / stock).max()
-    print(f"largest relative deviation of a step's loss: {float(deviation):.2e}")
-    assert float(deviation) <= 1e-2
+    found = deviation(ours, stock)
+    print(f"largest relative deviation of a step's loss: {found:.2e}")
+    assert found <= 1e-2
     assert float(ours[-10:].mean()) < float(ours[:10].mean())
 
 
-def test_with_dropout_it_differs_no_more_than_three_stock_seeds(curve: Curve) -> None:
-    """In fp32. In bf16 the rounding of stock alone moves its curve as far as another seed does (the
-    next test prints it), so that there the distance says nothing about masks.
+@pytest.mark.parametrize(
+    ("dtype", "steps", "measures"),
+    [("float32", FP32_STEPS, (deviation, distance)), ("bfloat16", STEPS, (deviation,))],
+)
+def test_with_dropout_it_differs_no_more_than_three_stock_seeds(
+    curve: Curve, dtype: str, steps: int, measures: tuple[Callable[..., float], ...]
+) -> None:
+    """The mean of the three differences to stock against the largest between two of its seeds. In
+    bf16 the mean distance of a step says nothing about masks: what stock rounds makes it train to
+    losses that are a little higher throughout (the next test prints how far from fp32).
     """
-    options = {"dropout": 0.05, "steps": FP32_STEPS}
-    stock = [curve("float32", seed=seed, patched=False, **options) for seed in range(3)]
-    ours = curve("float32", seed=0, patched=True, **options)
-    between = max(distance(a, b) for a in stock for b in stock)
-    found = sum(distance(ours, other) for other in stock) / 3
-    print(f"mean distance: to stock {found:.4f}, between stock seeds at most {between:.4f}")
-    assert found <= between
+    options = {"dropout": 0.05, "steps": steps}
+    stock = [curve(dtype, seed=seed, patched=False, **options) for seed in range(3)]
+    ours = curve(dtype, seed=0, patched=True, **options)
+    results = {}
+    for measure in (deviation, distance):
+        between = max(measure(a, b) for a in stock for b in stock)
+        found = sum(measure(ours, other) for other in stock) / 3
+        print(f"{measure.__name__} to stock {found:.4f}, between stock seeds up to {between:.4f}")
+        results[measure] = found <= between
+    assert all(results[measure] for measure in measures)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
