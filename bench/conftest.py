@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from paired import (
     timed,
     warm_up,
 )
-from results_file import table, write
+from results_file import line, table, write
 from rich.console import Console
 
 MEMORY_REPEATS = 3
@@ -37,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = []
+    # As Ctrl-C does, so that what was measured until then is shown and written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -47,18 +50,21 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Adds a result of this benchmark to the JSON and the table."""
+    """Adds a result of this benchmark to the JSON and the table, and shows it at once."""
 
     def add(**result: Any) -> None:
         config, node = request.config, request.node
-        request.config.stash[RECORDS].append(
-            {
-                "id": f"{node.path.name}::{node.name}",
-                "suite": node.path.stem.removeprefix("bench_"),
-                "quick": config.getoption("--quick"),
-                **result,
-            }
-        )
+        full = {
+            "id": f"{node.path.name}::{node.name}",
+            "suite": node.path.stem.removeprefix("bench_"),
+            "quick": config.getoption("--quick"),
+            **result,
+        }
+        config.stash[RECORDS].append(full)
+        terminal = config.pluginmanager.getplugin("terminalreporter")
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(line(full))
 
     return add
 

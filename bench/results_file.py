@@ -41,6 +41,26 @@ def write(directory: Path, environment: dict[str, Any], results: list[Result]) -
     return paths
 
 
+def line(result: Result) -> str:
+    """One result in words."""
+    return "  ".join([text for text in cells(result) if text])
+
+
+def cells(result: Result) -> list[str]:
+    """What the table says of a result, one text a column."""
+    interval = (
+        f"{result['ratio_low']:.2f} - {result['ratio_high']:.2f}" if "ratio_low" in result else ""
+    )
+    return [
+        result["id"].partition("::test_")[2] + (" (quick)" if result["quick"] else ""),
+        f"{result['stock']:,.3f} {result['unit']}" if result["stock"] else "out of memory",
+        f"{result['fasttune']:,.3f} {result['unit']}",
+        f"{result['ratio']:.2f}" if result["ratio"] else "",
+        interval,
+        str(result["runs"]),
+    ]
+
+
 def table(results: list[Result]) -> Table:
     """Both variants, their ratio (stock over fasttune) and how it was measured."""
     rendered = Table(
@@ -49,18 +69,5 @@ def table(results: list[Result]) -> Table:
     for column in rendered.columns[1:]:
         column.justify = "right"
     for result in results:
-        name = result["id"].partition("::test_")[2] + (" (quick)" if result["quick"] else "")
-        interval = (
-            f"{result['ratio_low']:.2f} - {result['ratio_high']:.2f}"
-            if "ratio_low" in result
-            else ""
-        )
-        rendered.add_row(
-            name,
-            f"{result['stock']:,.3f} {result['unit']}" if result["stock"] else "out of memory",
-            f"{result['fasttune']:,.3f} {result['unit']}",
-            f"{result['ratio']:.2f}" if result["ratio"] else "",
-            interval,
-            str(result["runs"]),
-        )
+        rendered.add_row(*cells(result))
     return rendered

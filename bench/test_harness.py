@@ -232,7 +232,7 @@ def test_paired_fixture_times_both_alternately_and_checks_first(pytester, reques
         f"-opythonpath={bench}",
     )
     outcome.assert_outcomes(passed=1, failed=1)
-    outcome.stdout.fnmatch_lines(["*fasttune against stock*", "*good*"])
+    outcome.stdout.fnmatch_lines(["good  *ms  *ms  *", "*fasttune against stock*", "*good*"])
     (path,) = (pytester.path / "results").iterdir()
     ((stored,),) = [run["results"] for run in json.loads(path.read_text())["runs"]]
     assert stored["id"] == "bench_sleeps.py::test_good"
@@ -240,3 +240,29 @@ def test_paired_fixture_times_both_alternately_and_checks_first(pytester, reques
     assert stored["size"] == 7
     assert stored["ratio"] == pytest.approx(2, rel=0.3)
     assert stored["fasttune"] == pytest.approx(10, rel=0.3)
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_keeps_its_results(pytester, request, how):
+    bench = request.path.parent
+    pytester.makepyfile(
+        bench_stopped=f"""
+        import os, signal, time
+
+        def test_first(record):
+            record(kind="time", unit="ms", runs=1, stock=2.0, fasttune=1.0, ratio=2.0)
+
+        def test_second():
+            os.kill(os.getpid(), signal.{how})
+            time.sleep(60)
+        """
+    )
+    pytester.makeconftest((bench / "conftest.py").read_text())
+    outcome = pytester.runpytest_subprocess(
+        "-opython_files=bench_*.py", "--results=results", f"-opythonpath={bench}", timeout=50
+    )
+    assert outcome.ret == pytest.ExitCode.INTERRUPTED
+    outcome.stdout.fnmatch_lines(["first  2.000 ms  1.000 ms  2.00  1", "*fasttune against stock*"])
+    (path,) = (pytester.path / "results").iterdir()
+    ((stored,),) = [run["results"] for run in json.loads(path.read_text())["runs"]]
+    assert stored["id"] == "bench_stopped.py::test_first"
