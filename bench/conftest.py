@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 from collections.abc import Callable
@@ -38,8 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RECORDS] = []
-    # As Ctrl-C does, so that what was measured until then is shown and written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if config.getoption("--benchmark-enable"):
+        # What was measured until then is shown and written, also where SIGINT was ignored, as in
+        # the background of a script.
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -62,9 +66,11 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
         }
         config.stash[RECORDS].append(full)
         terminal = config.pluginmanager.getplugin("terminalreporter")
-        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            terminal.ensure_newline()
-            terminal.write_line(line(full))
+        capture = config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            if terminal:
+                terminal.ensure_newline()
+                terminal.write_line(line(full))
 
     return add
 

@@ -36,7 +36,9 @@ def write(directory: Path, environment: dict[str, Any], results: list[Result]) -
         runs = json.loads(path.read_text())["runs"] if path.exists() else []
         mine = [result for result in results if result["suite"] == suite]
         merged = merge(runs, {"environment": environment, "results": mine})
-        path.write_text(json.dumps({"runs": merged}, indent=1) + "\n")
+        partial = path.with_suffix(".partial")  # a second signal must not cost the runs before
+        partial.write_text(json.dumps({"runs": merged}, indent=1) + "\n")
+        partial.replace(path)
         paths.append(path)
     return paths
 

@@ -259,7 +259,11 @@ def test_an_interrupted_run_keeps_its_results(pytester, request, how):
     )
     pytester.makeconftest((bench / "conftest.py").read_text())
     outcome = pytester.runpytest_subprocess(
-        "-opython_files=bench_*.py", "--results=results", f"-opythonpath={bench}", timeout=50
+        "-opython_files=bench_*.py",
+        "--benchmark-enable",
+        "--results=results",
+        f"-opythonpath={bench}",
+        timeout=50,
     )
     assert outcome.ret == pytest.ExitCode.INTERRUPTED
     outcome.stdout.fnmatch_lines(["first  2.000 ms  1.000 ms  2.00  1", "*fasttune against stock*"])

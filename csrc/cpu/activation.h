@@ -1,7 +1,7 @@
 // Activations: the value, and the value with the slope d value / d x.
 //
-// No finite x gives a NaN: an exponential that overflows stands in a denominator, and products that
-// could be 0 * inf are ordered or clamped so that they are not. NaN stays NaN.
+// No finite x gives a NaN: exponentials are of what cannot overflow or stand in a denominator, and
+// products that could be 0 * inf are ordered or clamped so that they are not. NaN stays NaN.
 #pragma once
 
 #include "common/activation.h"
