@@ -87,6 +87,15 @@ def test_dense_grid_against_fp64(activation: str, name: str) -> None:
     assert ((slope.double() - truth_slope).abs() <= 10 * UNIT * size).all()
 
 
+@pytest.mark.parametrize("name", BUILDS)
+def test_a_sigmoid_is_accurate_far_from_zero(name: str) -> None:
+    """An exponential of 2 units in the last place, a sum and a quotient, however large x is."""
+    x = torch.linspace(-87, 87, 100_001)
+    value, _ = value_and_slope(x, "sigmoid", name)
+    truth = torch.sigmoid(x.double())
+    assert ((value.double() - truth) / truth).abs().max() <= 3 * 2 * UNIT
+
+
 # Where exponentials overflow, underflow and squares and cubes overflow. (Above 1.7e38 torch's own
 # gelu overflows.)
 EDGES = [0.0, -0.0, 1e-45, 1e-38, 16.0, 16.5, 50.0, 87.4, 88.8, 104.0, 1e4, 1e13, 1e19, 1e38]
