@@ -23,6 +23,8 @@ from gpu_time import GpuTime, time_variants
 from torch import Tensor, nn
 
 import fasttune
+from fasttune import adapters
+from fasttune.nn import bottleneck as bottleneck_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +81,16 @@ def lora_model(size: Size) -> nn.Module:
         target_modules="all-linear", init_lora_weights=False,
     )  # fmt: skip
     return peft.get_peft_model(base, lora).train()
+
+
+def adapter_model(size: Size) -> nn.Module:
+    """With bottleneck adapters, a sixteenth of the hidden size wide, instead of LoRA."""
+    model = lora_model(size).unload()
+    adapters.add(model, "bench", "seq_bn", reduction_factor=16, dropout=size.dropout)
+    for name, parameter in trainable(model).items():
+        if name.endswith("up.weight"):
+            nn.init.normal_(parameter, std=0.01)
+    return model.train()
 
 
 def batch_of(size: Size) -> dict[str, Tensor]:
@@ -182,6 +194,31 @@ def test_a_short_step(record, tokens: int) -> None:
         model="Llama-3.2-1B", dropout=size.dropout, dtype="bf16", rank=16,
         gradient_error=[error, largest], stock=by[0].ms, fasttune=by[1].ms,
         ratio=by[0].ms / by[1].ms, busy=[time.busy_ms for time in by],
+        spread=[time.spread for time in by], launches=[time.launches for time in by],
+        peak_mib=[time.peak_bytes / 2**20 for time in by],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B-1x2048", "Llama-3.2-1B-4x2048"])
+def test_a_step_with_bottleneck_adapters(record, monkeypatch, name: str) -> None:
+    """Adapters computed by torch against the fused kernels, in turn in one patched model."""
+    size = SIZES[name]
+    model, batch = adapter_model(size), batch_of(size)
+    fasttune.patch(model)
+    step = make_step(model, batch)
+    unchanged = bottleneck_module.bottleneck_not_faster
+
+    def by_torch() -> None:
+        monkeypatch.setattr(bottleneck_module, "bottleneck_not_faster", lambda *facts: True)
+        step()
+        monkeypatch.setattr(bottleneck_module, "bottleneck_not_faster", unchanged)
+
+    times = time_variants({"torch": by_torch, "fasttune": step}, rounds=ROUNDS, steps=STEPS)
+    by = [times["torch"], times["fasttune"]]
+    record(
+        kind="gpu", unit="ms", runs=ROUNDS, baseline="torch", tokens=list(size.batch), model=name,
+        dropout=size.dropout, dtype="bf16", width=size.hidden // 16, stock=by[0].ms,
+        fasttune=by[1].ms, ratio=by[0].ms / by[1].ms, busy=[time.busy_ms for time in by],
         spread=[time.spread for time in by], launches=[time.launches for time in by],
         peak_mib=[time.peak_bytes / 2**20 for time in by],
     )  # fmt: skip

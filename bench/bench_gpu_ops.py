@@ -387,25 +387,41 @@ def test_lora_segmented(measure, order: str) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_bottleneck(measure, dropout: float) -> None:
-    size = 64
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+@pytest.mark.parametrize("rows", [256, 2048, M])
+@pytest.mark.parametrize("adapter", ["bf16", "autocast"])
+def test_bottleneck(measure, adapter: str, rows: int, size: int, dropout: float) -> None:
+    """The module, whose policy chooses, against torch's operations."""
     torch.manual_seed(0)
-    ours = BottleneckAdapter(H, size, "relu", dtype=BF16, dropout=dropout).cuda()
+    kind = BF16 if adapter == "bf16" else torch.float32
+    ours = BottleneckAdapter(H, size, "relu", dtype=kind, dropout=dropout).cuda()
     nn.init.normal_(ours.up.weight, std=size**-0.5)
     stock = copy.deepcopy(ours)
 
     def eager(x: Tensor) -> Tensor:
         return x + F.dropout(stock.up(stock.down(x).relu()), dropout)
 
-    x, dy = randn(M, H), randn(M, H, grad=False)
+    def called(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *_: Tensor) -> Tensor:
+            with torch.autocast("cuda", BF16, enabled=adapter == "autocast"):
+                return function(x)
+
+        return call
+
+    x, dy = randn(rows, H), randn(rows, H, grad=False)
     if dropout == 0.0:
         exact = copy.deepcopy(ours).float()
         truth = results(lambda x: x + exact.up(exact.down(x).relu()), [x.float()], [dy.float()])
-        found = results(eager, [x], [dy]), results(ours, [x], [dy])
+        found = (results(called(f), [x], [dy]) for f in (eager, ours))
         assert_agreement(*found, truth, dtype=BF16)
+    steps = {
+        name: both_ways(called(function), [x, *module.parameters()], [dy])
+        for name, function, module in (("torch", eager, stock), ("fasttune", ours, ours))
+    }
+    # x, y, dy, dx once, and dy again: dx needs the whole row.
     measure(
-        {"torch": both_ways(eager, [x], [dy]), "fasttune": both_ways(ours, [x], [dy])},
-        shape=[M, H, size], dropout=dropout,
+        steps | {"floor": copies(5 * rows * H * 2)},
+        shape=[rows, H, size], dropout=dropout, adapter=adapter,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def backward_with(
     x: Tensor,
     z: Tensor,
     down: Tensor,
+    down_bias: Tensor | None,
     up: Tensor,
     up_bias: Tensor | None,
     scale: Tensor | None,
@@ -71,24 +72,47 @@ def backward_with(
         grads.append(_input_gradient(dz, down, addend, dtype).to(x.dtype))
     if need_down:
         grads.append(_gemm.weight_gradient(dz, x, down.dtype))
-    if need_down_bias:
-        grads.append(prims.column_sum(dz))
-    rows = whole if scale is None else whole * scale.to(torch.float32).view(-1, 1)  # of [H, 1]
+    if need_down_bias and down_bias is not None:
+        grads.append(prims.column_sum(dz).to(down_bias.dtype))
     outer = sums = None
     if need_up or need_scale:
         exact = up.dtype if scale is None and whole == 1.0 else torch.float32
         outer = _gemm.weight_gradient(masked, _activated(prims, z, activation), exact)
     if need_up_bias or (need_scale and up_bias is not None):
-        sums = prims.column_sum(masked).view(-1, 1)
+        sums = prims.column_sum(masked)
+    return grads + up_gradients(outer, sums, up, up_bias, scale, whole, needs[3:])
+
+
+def up_gradients(
+    outer: Tensor | None,
+    sums: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: Tensor | None,
+    whole: float,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of U, b_U and the scale.
+
+    Args:
+        outer: (keep dy)^T h [H, R], if U or the scale needs it.
+        sums: the sum [H] of keep dy over the rows, if b_U or the scale needs it.
+        needs: of U, b_U and the scale.
+    """
+    need_up, need_up_bias, need_scale = needs
+    grads = []
+    rows = whole if scale is None else whole * scale.to(torch.float32).view(-1, 1)  # of [H, 1]
     if need_up and outer is not None:
         grads.append(outer if scale is None and whole == 1.0 else (outer * rows).to(up.dtype))
-    if need_up_bias and sums is not None:
-        grads.append((sums * rows).view(-1))
+    if need_up_bias and sums is not None and up_bias is not None:
+        plain = scale is None and whole == 1.0
+        total = sums if plain else (sums.view(-1, 1) * rows).view(-1)
+        grads.append(total.to(up_bias.dtype))
     if need_scale and outer is not None and scale is not None:
         # d / d scale of sum(dy scale u) = sum(dy u) = <dy^T h, W> + <sum of dy, bias>.
         dots = (outer * up).sum(1)
         if sums is not None and up_bias is not None:
-            dots = dots + sums.view(-1) * up_bias
+            dots = dots + sums * up_bias
         grads.append(whole * (dots if scale.numel() > 1 else dots.sum().view(1)))
     return grads
 

@@ -45,6 +45,7 @@ def backward(
     x: Tensor,
     z: Tensor,
     down: Tensor,
+    down_bias: Tensor | None,
     up: Tensor,
     up_bias: Tensor | None,
     scale: Tensor | None,
@@ -71,11 +72,13 @@ def backward(
     if need_down:
         grads.append((dz.t() @ x.to(dtype).to(wide)).to(down.dtype))
     if need_down_bias:
-        grads.append(dz.sum(0))
+        assert down_bias is not None
+        grads.append(dz.sum(0).to(down_bias.dtype))
     if need_up:
         grads.append((du.t() @ h).to(up.dtype))
     if need_up_bias:
-        grads.append(du.sum(0))
+        assert up_bias is not None
+        grads.append(du.sum(0).to(up_bias.dtype))
     if need_scale:
         assert scale is not None
         u = _linear(h, up, up_bias, dtype)

@@ -14,9 +14,10 @@ Maths, for x [M, K], R wide inside:
 Saved for backward: x as it came and z; the mask is drawn again from the seed (docs/design.md states
 its format; the row and column of u are its element, branch 0).
 
-Products: six of the vendor's, in the compute dtype C, the autocast dtype or, outside autocast, what
-the dtypes of x and of the parameters promote to; accumulated in fp32. Around them one pass each way
-at most: the sum with mask, scale and residual in the forward, the mask in the backward.
+Products: six, in the compute dtype C, the autocast dtype or, outside autocast, what the dtypes of x
+and of the parameters promote to; accumulated in fp32. On a GPU in 16 bits they are kernels with
+everything around them (fasttune_kernels.bottleneck); elsewhere the vendor's, and around them one
+pass each way at most: the sum with mask, scale and residual forward, the mask backward.
 
 Rounding: z and h to C, as torch does; u to C; y once, to what C and the residual's dtype promote
 to; each gradient once, to the dtype of its tensor.
@@ -36,14 +37,14 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry, _torch
-from fasttune.ops import _bottleneck_reference, _dropout, _support, _triton
+from fasttune.ops import _bottleneck_reference, _bottleneck_triton, _dropout, _support
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops._arguments import accumulator, check_float, check_shape, output_shaped, rows_first
 from fasttune.ops._bottleneck_products import backward_with, forward_with
 
 BOTTLENECK_ACTIVATIONS = (*ACTIVATIONS, "identity")
 
-_TENSORS = "Tensor down, {} Tensor up, Tensor? up_bias, Tensor? scale, float factor"
+_TENSORS = "Tensor down, Tensor? down_bias, Tensor up, Tensor? up_bias, Tensor? scale, float factor"
 _FACTS = "str activation, int threshold, Tensor? seed, ScalarType dtype"
 
 
@@ -54,41 +55,30 @@ def _forward_fake(x: Tensor, residual: Tensor | None, down: Tensor, *rest: Any) 
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, z: Tensor, down: Tensor, up: Tensor, up_bias: Any, scale: Any, *rest: Any
-) -> list[Tensor]:
-    wide = accumulator(rest[4])
-    wanted = [
-        (x.shape, x.dtype), (down.shape, down.dtype), ((down.shape[0],), wide),
-        (up.shape, up.dtype), ((up.shape[0],), wide),
-        (() if scale is None else scale.shape, wide),
-    ]  # fmt: skip
-    return [
-        x.new_empty(shape, dtype=dtype)
-        for (shape, dtype), flag in zip(wanted, rest[-1], strict=True)
+    dy: Tensor, x: Tensor, z: Tensor, down: Tensor, down_bias: Any, up: Tensor, up_bias: Any,
+    scale: Any, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    found = [
+        tensor.new_empty(tensor.shape)
+        for tensor, flag in zip((x, down, down_bias, up, up_bias), rest[-1], strict=False)
         if flag
     ]
+    if rest[-1][-1]:
+        found.append(scale.new_empty(scale.shape, dtype=accumulator(rest[4])))
+    return found
 
 
 FORWARD = _registry.define(
     "bottleneck_fwd",
-    f"(Tensor x, Tensor? residual, {_TENSORS.format('Tensor? down_bias,')}, {_FACTS}, "
-    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? residual, {_TENSORS}, {_FACTS}, ScalarType out_dtype) -> (Tensor, Tensor)",
     _forward_fake,
 )
 BACKWARD = _registry.define(
     "bottleneck_bwd",
-    f"(Tensor dy, Tensor x, Tensor z, {_TENSORS.format('')}, {_FACTS}, bool residual_is_x, "
+    f"(Tensor dy, Tensor x, Tensor z, {_TENSORS}, {_FACTS}, bool residual_is_x, "
     "bool[] needs) -> Tensor[]",
     _backward_fake,
 )
-
-
-class _TritonPrimitives:
-    """The Triton launchers that the products need, loaded at the first call."""
-
-    def __getattr__(self, name: str) -> Any:
-        op = "scaled_sum" if name == "scaled_sum" else "bias_activation"
-        return getattr(_triton.kernels(op), name)
 
 
 def _on_cpu(*args: Any) -> str | None:
@@ -99,14 +89,12 @@ def _on_triton(*args: Any) -> str | None:
     return _support.why_not_triton(args, ())
 
 
-for _op, _run, _plain in (
-    (FORWARD, forward_with, _bottleneck_reference.forward),
-    (BACKWARD, backward_with, _bottleneck_reference.backward),
+for _op, _run, _on_gpu, _plain in (
+    (FORWARD, forward_with, _bottleneck_triton.forward, _bottleneck_reference.forward),
+    (BACKWARD, backward_with, _bottleneck_triton.backward, _bottleneck_reference.backward),
 ):
     _op.backend("cpu", _on_cpu)(partial(_run, _native))
-    _op.backend("triton", _on_triton)(
-        _support.Repeated(partial(_run, _TritonPrimitives()))  # type: ignore[arg-type]
-    )
+    _op.backend("triton", _on_triton)(_support.Repeated(_on_gpu))
     _op.backend("reference", _support.never)(_plain)
 
 
@@ -130,7 +118,7 @@ class _Bottleneck(torch.autograd.Function):
         ctx.backend = None if dispatched else FORWARD.select(*args)
         run = FORWARD.registered if ctx.backend is None else ctx.backend.run
         y, z = run(*args)
-        ctx.save_for_backward(x, z, seed, down, up, up_bias, scale)
+        ctx.save_for_backward(x, z, seed, down, down_bias, up, up_bias, scale)
         ctx.set_materialize_grads(False)
         ctx.saved_bytes = x.nbytes + z.nbytes
         ctx.facts, ctx.needs = facts, ctx.needs_input_grad[2:]
@@ -142,14 +130,14 @@ class _Bottleneck(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
             return (None,) * 9
-        x, z, seed, down, up, up_bias, scale = ctx.saved_tensors
+        x, z, seed, down, down_bias, up, up_bias, scale = ctx.saved_tensors
         factor, activation, threshold, dtype, residual_is_x = ctx.facts
         need_x, need_residual, *rest = ctx.needs
         needs = [need_x, *rest]
         rows = rows_first(x, z.shape[0], x.shape[-1])
         args = (
-            rows_first(dy, z.shape[0], up.shape[0]), rows, z, down, up, up_bias, scale, factor,
-            activation, threshold, seed, dtype, residual_is_x, needs,
+            rows_first(dy, z.shape[0], up.shape[0]), rows, z, down, down_bias, up, up_bias, scale,
+            factor, activation, threshold, seed, dtype, residual_is_x, needs,
         )  # fmt: skip
         run = BACKWARD.registered
         if ctx.backend is not None:
@@ -208,9 +196,7 @@ def bottleneck(
     threshold = _dropout.threshold(dropout_p)
     if threshold and seed is None:
         seed = _dropout.draw_seed(x.device)
-    dtype = _torch.autocast_dtype(x.device.type)
-    if dtype is None:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, down.dtype), up.dtype)
+    dtype = compute_dtype(x, down, up)
     factor = 1.0 if isinstance(scale, Tensor) else float(scale)
     columns = scale if isinstance(scale, Tensor) else None
     same = residual is x
@@ -224,6 +210,14 @@ def bottleneck(
     tensors = (addend, down, down_bias, up, up_bias, columns)
     y: Tensor = _Bottleneck.apply(facts, seed, x, *tensors)  # type: ignore[no-untyped-call]
     return y
+
+
+def compute_dtype(x: Tensor, down: Tensor, up: Tensor) -> torch.dtype:
+    """The autocast dtype, or what the dtypes of the operands promote to."""
+    dtype = _torch.autocast_dtype(x.device.type)
+    if dtype is None:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, down.dtype), up.dtype)
+    return dtype
 
 
 def _in_functorch(x: Tensor, residual: Tensor | None, down: Tensor, *rest: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry, _torch
-from fasttune.ops import _triton
+from fasttune.ops import _bottleneck_triton, _triton
 from fasttune.ops.lora_linear import LoraBranch
 
 
@@ -178,13 +178,23 @@ def rope_too_small(q: Tensor, k: Tensor) -> bool:
     return q.is_cpu and q.numel() + k.numel() < limits.rope and _registry.forced_backend() is None
 
 
-def bottleneck_not_faster(x: Tensor, dropout_p: float, scaled: bool) -> bool:
-    """True if torch's own operations are as fast for a bottleneck adapter: nothing is fused around
-    its products but a dropout or a trained scale. On a GPU that gains a tenth of the kernels' time
-    and costs twice the host's (H100, 8192 x 4096).
+def bottleneck_not_faster(
+    x: Tensor, width: int, dtype: torch.dtype, dropout_p: float, scaled: bool
+) -> bool:
+    """True if torch's own operations are as fast for a bottleneck adapter. Around the vendor's
+    products nothing is fused but a dropout or a trained scale: on a GPU that gains a tenth of the
+    kernels' time and costs twice the host's (H100, 8192 x 4096).
+
+    Args:
+        x: [*, K].
+        width: R.
+        dtype: that it is computed in.
+        dropout_p: of the output.
+        scaled: by a parameter.
     """
     if x.is_cuda:
-        return _registry.forced_backend() is None
+        fused = _bottleneck_triton.fused_on_gpu(x, width, dtype)
+        return not fused and _registry.forced_backend() is None
     if dropout_p > 0:
         return False
     if not scaled:

@@ -55,7 +55,7 @@ def _is_b200(capability: int) -> bool:
     return capability in (100, 103)
 
 
-def _for_bandwidth(capability: int, tile: Tile, more: int = 3) -> Tile:
+def for_bandwidth(capability: int, tile: Tile, more: int = 3) -> Tile:
     stages = tile.stages + (more if _is_b200(capability) else 0)
     return Tile(tile.rows, tile.columns, tile.warps, stages)
 
@@ -63,7 +63,7 @@ def _for_bandwidth(capability: int, tile: Tile, more: int = 3) -> Tile:
 @functools.cache
 def down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows of x, features per step]."""
-    return _for_bandwidth(capability, _down_tile(capability, arithmetic, block_r, dropout))
+    return for_bandwidth(capability, _down_tile(capability, arithmetic, block_r, dropout))
 
 
 def _down_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
@@ -106,7 +106,7 @@ def up_block_r(arithmetic: str, block_r: int) -> int:
 def weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
     """[rows per step, features of the output]."""
     tile = _weight_grad_tile(capability, arithmetic, block_r, dropout)
-    return _for_bandwidth(capability, tile, more=4)
+    return for_bandwidth(capability, tile, more=4)
 
 
 def _weight_grad_tile(capability: int, arithmetic: str, block_r: int, dropout: bool) -> Tile:
@@ -134,16 +134,16 @@ def pair_tile(capability: int, arithmetic: str, block_r: int) -> Tile | None:
     if block_r > 32:
         return None
     if arithmetic == "fma":
-        return _for_bandwidth(capability, Tile(32, 64, 4, 3)) if block_r <= 16 else None
+        return for_bandwidth(capability, Tile(32, 64, 4, 3)) if block_r <= 16 else None
     if arithmetic == "terms6":
-        return _for_bandwidth(capability, Tile(32, 64, 4, 4))
+        return for_bandwidth(capability, Tile(32, 64, 4, 4))
     if block_r <= 16:
         return Tile(64, 256, 8, 3) if arithmetic == "mma" else Tile(64, 128, 4, 3)
     if arithmetic == "mma":
         tile = Tile(32, 256, 8, 3)
     else:  # 64 rows spill 48 bytes on an H100
         tile = Tile(32, 128, 8, 5) if capability == 90 else Tile(64, 128, 8, 3)
-    return _for_bandwidth(capability, tile, more=1)
+    return for_bandwidth(capability, tile, more=1)
 
 
 # Groups: a program holds the accumulators and masks of all branches at once. Beyond these limits it
@@ -157,11 +157,11 @@ GROUP_BRANCHES, GROUP_RANKS = 3, 64
 def group_down_tile(capability: int, arithmetic: str, dropout: bool) -> Tile:
     """[rows of x, features per step]."""
     if arithmetic == "mma":
-        return _for_bandwidth(capability, Tile(32, 64, 4, 4))
+        return for_bandwidth(capability, Tile(32, 64, 4, 4))
     if arithmetic == "terms":
-        return _for_bandwidth(capability, Tile(64, 32 if dropout else 64, 4, 4))
+        return for_bandwidth(capability, Tile(64, 32 if dropout else 64, 4, 4))
     tile = Tile(32, 32, 4, 4) if arithmetic == "fma" else Tile(64, 64, 8, 4)
-    return _for_bandwidth(capability, tile)
+    return for_bandwidth(capability, tile)
 
 
 @functools.cache
@@ -169,7 +169,7 @@ def group_weight_grad_tile(capability: int, arithmetic: str, dropout: bool) -> T
     """[rows per step, features of the outputs]."""
     if arithmetic == "terms" and not dropout and capability == 90:
         return Tile(32, 128, 4, 3)  # spills elsewhere, and gains nothing with dropout
-    return _for_bandwidth(capability, Tile(32, 64, 8 if arithmetic == "fma" else 4, 4))
+    return for_bandwidth(capability, Tile(32, 64, 8 if arithmetic == "fma" else 4, 4))
 
 
 @functools.cache
@@ -200,15 +200,15 @@ def feature_splits(gpu: Gpu, k: int, programs: int, tile: Tile) -> tuple[int, in
     """How many parts a sum over K features has, and the features of each, in multiples of a
     tile's columns.
     """
-    return _splits(gpu, k, programs, tile.columns, most=8, least=512)
+    return splits_of(gpu, k, programs, tile.columns, most=8, least=512)
 
 
 def row_splits(gpu: Gpu, m: int, programs: int, tile: Tile) -> tuple[int, int]:
     """The same of a sum over M rows, in multiples of a tile's rows."""
-    return _splits(gpu, m, programs, tile.rows, most=16, least=256)
+    return splits_of(gpu, m, programs, tile.rows, most=16, least=256)
 
 
-def _splits(
+def splits_of(
     gpu: Gpu, size: int, programs: int, block: int, *, most: int, least: int
 ) -> tuple[int, int]:
     splits = min(divide_up(2 * gpu.multiprocessors, programs), most, max(size // least, 1))
@@ -237,7 +237,7 @@ def segmented_weight_grad_tile(
 ) -> Tile:
     """[rows per step, features of the output]."""
     if arithmetic == "terms" and block_r == 32:
-        return _for_bandwidth(capability, Tile(32, 128, 4, 4))
+        return for_bandwidth(capability, Tile(32, 128, 4, 4))
     if arithmetic == "terms" and block_r >= 64 and capability != 90:
-        return _for_bandwidth(capability, Tile(32, 64, 8, 4))
+        return for_bandwidth(capability, Tile(32, 64, 8, 4))
     return weight_grad_tile(capability, arithmetic, block_r, dropout)

@@ -14,6 +14,9 @@ from tiny_models import gradients, tiny_llama, with_lora
 from torch import Tensor, nn
 
 import fasttune
+from fasttune import adapters
+from fasttune.nn import bottleneck as bottleneck_module
+from fasttune.ops import bottleneck
 from fasttune.optim import AdamW
 from fasttune.testing.families import FAMILIES, Family
 
@@ -101,6 +104,33 @@ def test_a_method_is_verified(method: str, dtype: torch.dtype) -> None:
     assert verified.layers and verified.step
     kinds = {kind.kind: kind.fused for kind in fasttune.report(model).kinds}
     assert kinds["ia3" if method == "ia3" else "lora"] > 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("placement", ["seq_bn", "par_bn", "adapter_plus"])
+def test_bottleneck_adapters_are_fused_and_equal_torchs(
+    placement: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama().to("cuda", torch.float32 if autocast else BF16).train()
+    adapters.add(model, "a", placement, reduction_factor=4)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=1.0 if name.endswith("scale") else 0.1)
+    truth = step(exact_copy(model), tokens())
+    called: list[torch.dtype] = []
+
+    def noted(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        called.append(x.dtype)
+        return bottleneck(x, *args, **options)
+
+    monkeypatch.setattr(bottleneck_module, "bottleneck", noted)
+    with torch.autocast("cuda", BF16, enabled=autocast):
+        ours = step(model, tokens())
+        assert len(called) == 2  # a block each
+        monkeypatch.setattr(bottleneck_module, "bottleneck_not_faster", lambda *facts: True)
+        stock = step(model, tokens())
+    assert len(called) == 2
+    assert_close(ours, stock, truth, BF16)
 
 
 def dropout_model(**changes: Any) -> nn.Module:

@@ -126,6 +126,21 @@ SETTINGS: dict[str, Setting] = {
     "empty": replace(_HALF, lead=(0, 3)),
     "odd-sizes": replace(_HALF, lead=(37,), features=77, outputs=77, width=5, dropout=0.1),
     "wide": replace(_BASE, lead=(5,), features=130, outputs=130, width=96),
+    # What a kernel cuts into parts: rows, features of both sides, the width; and beyond its limit.
+    "many-features": replace(
+        _HALF, lead=(3, 27), features=1064, outputs=1064, width=20, dropout=0.1
+    ),
+    "many-rows": replace(_HALF, lead=(530,), width=24, activation="silu", scale="channels"),
+    "width-96-bf16": replace(_HALF, features=136, outputs=136, width=96, activation="gelu"),
+    "width-128-bf16": replace(_HALF, lead=(70,), features=136, outputs=136, width=128, dropout=0.1),
+    "width-130-bf16": replace(_HALF, lead=(5,), width=130),
+    "autocast-fp16": replace(_BASE, autocast=FP16, dropout=0.25, activation="leaky_relu"),
+    "autocast-dropout": replace(_BASE, x=BF16, autocast=BF16, dropout=0.25, activation="tanh"),
+    "identity-bf16": replace(_HALF, activation="identity", dropout=0.1),
+    "only-up": replace(_HALF, activation="silu", frozen="x down down_bias", dropout=0.1),
+    "only-down": replace(_HALF, activation="silu", frozen="x up up_bias"),
+    "only-biases": replace(_HALF, activation="silu", frozen="x down up"),
+    "only-scale-bf16": replace(_HALF, scale="scalar", frozen="x down up down_bias up_bias"),
 }
 
 CASES = [

@@ -1,0 +1,115 @@
+"""bottleneck on a GPU: fused kernels in 16 bits, and products around kernels otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasttune.ops import _bottleneck_products, _dropout, _triton
+
+
+class _Primitives:
+    """The Triton launchers that the products need, loaded at the first call."""
+
+    def __getattr__(self, name: str) -> Any:
+        op = "scaled_sum" if name == "scaled_sum" else "bias_activation"
+        return getattr(_triton.kernels(op), name)
+
+
+_PRIMITIVES: Any = _Primitives()
+_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products are the vendor's
+# h of a block of rows stays in one program. At 256 the vendor's products are faster, 0.4 against
+# 0.6 ms (H200, 8192 x 4096).
+MAX_WIDTH = 128
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    activation: str,
+    threshold: int,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    if not _fused(x, down.shape[0], dtype):
+        return _bottleneck_products.forward_with(
+            _PRIMITIVES, x, residual, down, down_bias, up, up_bias, scale, factor, activation,
+            threshold, seed, dtype, out_dtype,
+        )  # fmt: skip
+    found: tuple[Tensor, Tensor] = _triton.kernels("bottleneck").bottleneck_forward(
+        x, residual, down, down_bias, up, up_bias, scale,
+        factor * _dropout.keep_scale(threshold), activation, seed=seed, threshold=threshold,
+        dtype=dtype, out_dtype=out_dtype,
+    )  # fmt: skip
+    return found
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    down: Tensor,
+    down_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    activation: str,
+    threshold: int,
+    seed: Tensor | None,
+    dtype: torch.dtype,
+    residual_is_x: bool,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    if not _fused(x, down.shape[0], dtype):
+        return _bottleneck_products.backward_with(
+            _PRIMITIVES, dy, x, z, down, down_bias, up, up_bias, scale, factor, activation,
+            threshold, seed, dtype, residual_is_x, needs,
+        )  # fmt: skip
+    need_x, need_down, need_down_bias, need_up, need_up_bias, need_scale = needs
+    whole = factor * _dropout.keep_scale(threshold)
+    found = _triton.kernels("bottleneck").bottleneck_backward(
+        dy, x, z, down, up, scale, whole, activation, seed=seed, threshold=threshold,
+        residual_is_x=residual_is_x,
+        # A trained scale needs the sums without it.
+        outer_factor=whole if scale is None else 1.0,
+        outer_dtype=up.dtype if scale is None else torch.float32,
+        bias_dtypes=(_dtype_of(down_bias), _dtype_of(up_bias if scale is None else None)),
+        needs=(
+            need_x, need_down, need_down_bias, need_up or need_scale,
+            need_up_bias or (need_scale and up_bias is not None),
+        ),
+    )  # fmt: skip
+    grads = [grad for grad, need in zip(found, needs[:3], strict=False) if need]
+    left = 1.0 if scale is None else whole
+    return grads + _bottleneck_products.up_gradients(
+        found[3], found[4], up, up_bias, scale, left, needs[3:]
+    )
+
+
+def _dtype_of(bias: Tensor | None) -> torch.dtype:
+    return torch.float32 if bias is None else bias.dtype
+
+
+def _fused(x: Tensor, width: int, dtype: torch.dtype) -> bool:
+    gpu = _triton.kernels("tables").gpu_of(x)
+    fits = x.shape[0] > 0 and dtype in _DTYPES and width <= MAX_WIDTH
+    return fits and _triton.kernels("lora_tables").has_tensor_cores(gpu)
+
+
+def fused_on_gpu(x: Tensor, width: int, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels take the CUDA tensor x with ``width`` inside, computed in
+    ``dtype``; torch.compile can trace it.
+    """
+    fits = _triton.why_not((x,)) is None and dtype in _DTYPES and width <= MAX_WIDTH
+    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
