@@ -49,9 +49,10 @@ class BottleneckAdapter(nn.Module):
         TypeError: an argument of another type.
 
     The op :func:`fasttune.ops.bottleneck` computes it where there is something to gain: on a GPU in
-    16 bits up to 128 wide; elsewhere with dropout, or with a trained scale of a large input
-    (fasttune/ops/policy.py). Otherwise it is four or five operations of torch, which run as they
-    are.
+    16 bits up to 128 wide, if the parameters have another dtype or the input is large; on the CPU
+    with dropout, or with a trained scale of a large input (fasttune/ops/policy.py). Otherwise, and
+    where ``down`` or ``up`` is no plain linear layer any more, it is four or five operations of
+    torch, which run as they are.
 
     Source: Houlsby et al. (2019); Pfeiffer et al. (2020); AdapterPlus (Steitz and Roth, 2024).
     """
@@ -96,8 +97,7 @@ class BottleneckAdapter(nn.Module):
         residual = x if residual is None else residual
         dropout = self.dropout if self.training else 0.0
         inner = x if self.norm is None else self.norm(x)
-        fusible = isinstance(self.activation, str) and self.output_activation is None
-        if fusible and self.gate is None and not self._slow(x, dropout):
+        if self._is_fusible() and not self._slow(x, dropout):
             return bottleneck(
                 inner, self.down.weight, self.up.weight, down_bias=self.down.bias,
                 up_bias=self.up.bias, residual=residual, activation=str(self.activation),
@@ -111,21 +111,38 @@ class BottleneckAdapter(nn.Module):
         if self.gate is not None:
             u = u * torch.sigmoid(self.gate(x)).mean(dim=-2, keepdim=True)
         if self.scale is not None:
-            u = u * self.scale
+            u = (u * self.scale).to(u.dtype)  # as the op: what is added decides the dtype
         elif self.scaling != 1.0:
             u = u * self.scaling
         y: Tensor = residual + u
         return y
 
+    def _is_fusible(self) -> bool:
+        if not isinstance(self.activation, str):
+            return False
+        if self.output_activation is not None or self.gate is not None:
+            return False
+        return _is_plain(self.down) and _is_plain(self.up)
+
     def _slow(self, x: Tensor, dropout: float) -> bool:
-        dtype = compute_dtype(x, self.down.weight, self.up.weight)
-        width = self.down.out_features
-        return bottleneck_not_faster(x, width, dtype, dropout, self.scale is not None)
+        down = self.down.weight
+        dtype = compute_dtype(x, down, self.up.weight)
+        return bottleneck_not_faster(x, down, dtype, dropout, self.scale is not None)
 
     def extra_repr(self) -> str:
         name = self.activation if isinstance(self.activation, str) else "callable"
         scaling = self.scaling if self.scale is None else f"{self.scale.numel()} trained"
         return f"activation={name}, scaling={scaling}, dropout={self.dropout}"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is its weight and bias alone: not quantized, wrapped or hooked."""
+    if type(layer) is not nn.Linear or any(getattr(layer, name) for name in _HOOKS):
+        return False
+    return type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.is_floating_point()
 
 
 def _checked(name: str, activation: Activation) -> Activation:

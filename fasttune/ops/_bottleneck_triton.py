@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttune.ops import _bottleneck_products, _dropout, _triton
+from fasttune.ops._arguments import KERNEL_DTYPES
 
 
 class _Primitives:
@@ -41,7 +42,7 @@ def forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    if not _fused(x, down.shape[0], dtype):
+    if not _fused(x, down, up, dtype):
         return _bottleneck_products.forward_with(
             _PRIMITIVES, x, residual, down, down_bias, up, up_bias, scale, factor, activation,
             threshold, seed, dtype, out_dtype,
@@ -71,7 +72,7 @@ def backward(
     residual_is_x: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    if not _fused(x, down.shape[0], dtype):
+    if not _fused(x, down, up, dtype):
         return _bottleneck_products.backward_with(
             _PRIMITIVES, dy, x, z, down, down_bias, up, up_bias, scale, factor, activation,
             threshold, seed, dtype, residual_is_x, needs,
@@ -101,15 +102,19 @@ def _dtype_of(bias: Tensor | None) -> torch.dtype:
     return torch.float32 if bias is None else bias.dtype
 
 
-def _fused(x: Tensor, width: int, dtype: torch.dtype) -> bool:
+def _fused(x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> bool:
+    fits = dtype in _DTYPES and down.shape[0] <= MAX_WIDTH
+    if not fits or 0 in (*x.shape, *down.shape, *up.shape):
+        return False
     gpu = _triton.kernels("tables").gpu_of(x)
-    fits = x.shape[0] > 0 and dtype in _DTYPES and width <= MAX_WIDTH
-    return fits and _triton.kernels("lora_tables").has_tensor_cores(gpu)
+    return bool(_triton.kernels("lora_tables").has_tensor_cores(gpu))
 
 
-def fused_on_gpu(x: Tensor, width: int, dtype: torch.dtype) -> bool:
-    """Whether the fused kernels take the CUDA tensor x with ``width`` inside, computed in
-    ``dtype``; torch.compile can trace it.
+def fused_on_gpu(x: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels take the CUDA tensor x and weights like ``down`` [R, K], computed
+    in ``dtype``; torch.compile can trace it.
     """
-    fits = _triton.why_not((x,)) is None and dtype in _DTYPES and width <= MAX_WIDTH
-    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    fits = dtype in _DTYPES and down.shape[0] <= MAX_WIDTH
+    if not fits or {x.dtype, down.dtype} - set(KERNEL_DTYPES) or _triton.why_not((x,)) is not None:
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8

@@ -19,8 +19,8 @@ and of the parameters promote to; accumulated in fp32. On a GPU in 16 bits they 
 everything around them (fasttune_kernels.bottleneck); elsewhere the vendor's, and around them one
 pass each way at most: the sum with mask, scale and residual forward, the mask backward.
 
-Rounding: z and h to C, as torch does; u to C; y once, to what C and the residual's dtype promote
-to; each gradient once, to the dtype of its tensor.
+Rounding: z and h to C, as torch does; u to C where a product of the vendor writes it; y once, to
+what C and the residual's dtype promote to; each gradient once, to the dtype of its tensor.
 
 Semantics: the adapter of Houlsby et al. (2019) and Pfeiffer et al. (2020); AdapterPlus (Steitz and
 Roth, 2024) has a scale for each channel. A layer norm in front, a gate and an activation after the

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import relative
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.nn.utils.parametrize import register_parametrization
 
+from fasttune._registry import use_backend
 from fasttune.nn import BottleneckAdapter
+from fasttune.nn import bottleneck as bottleneck_module
+from fasttune.ops import policy
+from fasttune.ops.policy import bottleneck_not_faster
 from fasttune.testing.accounting import count
 
 H, R = 24, 6
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def filled(**options: Any) -> BottleneckAdapter:
@@ -155,3 +164,74 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         BottleneckAdapter(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "adapter", "dtype", "fused"),
+    [
+        (256, 64, FP32, BF16, True),  # torch casts the parameters
+        (256, 64, BF16, BF16, False),  # the host's time counts
+        (8192, 64, BF16, BF16, True),
+        (8192, 128, FP16, FP16, True),
+        (8192, 129, BF16, BF16, False),  # the vendor's products are faster
+        (8192, 64, FP32, FP32, False),
+        (8192, 64, torch.float64, BF16, False),  # autocast leaves it alone
+    ],
+)
+def test_what_is_fused_on_a_gpu(
+    rows: int,
+    width: int,
+    adapter: torch.dtype,
+    dtype: torch.dtype,
+    fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, rows // 2, 4096, dtype=dtype, device="cuda")
+        down = torch.empty(width, 4096, dtype=adapter, device="cuda")
+    monkeypatch.setattr(policy, "limits", policy.Limits())
+    capability = SimpleNamespace(major=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: capability)
+    assert bottleneck_not_faster(x, down, dtype, 0.1, scaled=False) != fused
+    with use_backend("triton"):
+        assert not bottleneck_not_faster(x, down, dtype, 0.1, scaled=False)
+    capability.major = 7
+    assert bottleneck_not_faster(x, down, dtype, 0.1, scaled=False)
+
+
+@pytest.mark.parametrize("change", ["lora", "hook", "parametrization", "quantized"])
+def test_what_is_put_around_its_layers_acts(change: str) -> None:
+    """The op reads weights; a layer that is more than those must be called."""
+    adapter, x = filled(dropout=0.5), torch.randn(5, H)
+    plain = results(adapter, adapter, x)["y"]
+    if change == "lora":
+        config = LoraConfig(target_modules=["down", "up"], init_lora_weights=False)
+        inject_adapter_in_model(config, adapter)
+    elif change == "hook":
+        adapter.up.register_forward_hook(lambda layer, args, y: 2 * y)
+    elif change == "parametrization":
+        register_parametrization(adapter.down, "weight", nn.ReLU())
+    else:
+        adapter = torch.ao.quantization.quantize_dynamic(adapter.eval(), {nn.Linear})
+    torch.manual_seed(0)
+    found = adapter(x)
+    torch.manual_seed(0)
+    expected = x + functional.dropout(
+        adapter.up(adapter.down(x).relu()), 0.5, training=adapter.training
+    )
+    assert torch.equal(found, expected) and not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("autocast", [None, BF16])
+def test_a_trained_scale_gives_the_same_dtype_fused_or_not(
+    autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = filled(scaling="channels").to(FP32 if autocast else BF16)
+    x = torch.randn(5, H, dtype=BF16)
+    found = []
+    for slow in (True, False):
+        monkeypatch.setattr(bottleneck_module, "bottleneck_not_faster", lambda *_, slow=slow: slow)
+        with torch.autocast("cpu", BF16, enabled=autocast is not None):
+            found.append(adapter(x))
+    assert found[0].dtype == found[1].dtype == BF16
+    assert relative(found[1], found[0]) < 1e-2

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from fasttune.ops import bottleneck
+from fasttune.ops.bottleneck import BACKWARD, FORWARD
 from fasttune.testing.conformance import backend
 
 
@@ -30,12 +32,14 @@ def call(**changes: Any) -> Tensor:
     return bottleneck(x, down, up, **arguments)
 
 
-def test_masks_are_the_same_in_every_backend() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_the_same_in_every_backend(dtype: torch.dtype) -> None:
     seed = torch.tensor(123456789012345)
+    given = {name: tensor.to(dtype) for name, tensor in tensors().items()}
     outputs = []
     for name in ("reference", "cpu", "triton"):
         with backend(name):
-            outputs.append(call(dropout_p=0.5, seed=seed) == 0)
+            outputs.append(call(**given, dropout_p=0.5, seed=seed) == 0)
     assert 0.4 < outputs[0].float().mean() < 0.6
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
@@ -87,3 +91,25 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_registered_ops_pass_opcheck(name: str, dtype: torch.dtype) -> None:
+    given = tensors()
+    x, scale = given.pop("x").view(15, 24).to(torch.bfloat16), given.pop("scale")
+    down, down_bias, up, up_bias = (
+        given[key].to(dtype) for key in ("down", "down_bias", "up", "up_bias")
+    )
+    weights = (down, down_bias, up, up_bias, scale)
+    facts = (0.5, "gelu", 6554, torch.tensor(3), dtype)
+    checks = ("test_schema", "test_faketensor")
+    with backend(name):
+        args = (x, x.clone(), *weights, *facts, dtype)
+        opcheck(FORWARD.registered, args, test_utils=checks)
+        y, z = FORWARD.registered(*args)
+        for needs in ([True] * 6, [False, True, False, False, True, True], [True] + [False] * 5):
+            back = (torch.randn_like(y), x, z, *weights, *facts, False, needs)
+            opcheck(BACKWARD.registered, back, test_utils=checks)
+            found = BACKWARD.registered(*back)
+            assert len(found) == sum(needs)

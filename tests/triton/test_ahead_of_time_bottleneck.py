@@ -47,21 +47,24 @@ ALL = [
 
 
 def launches_of(
-    capability: int, kind: str, width: int, activation: str, threshold: int
+    capability: int, kind: str, width: int, activation: str, threshold: int, scaled: bool = False
 ) -> list[Launch]:
     of_x, of_adapter, dtype = KINDS[kind]
-    x = torch.empty(TOKENS, HIDDEN, dtype=of_x)
+    # Parameters of another dtype are converted first for many rows.
+    rows = TOKENS if of_adapter == dtype or width > 64 else 2048
+    x = torch.empty(rows, HIDDEN, dtype=of_x)
     down = torch.empty(width, HIDDEN, dtype=of_adapter)
     up = torch.empty(HIDDEN, width, dtype=of_adapter)
     biases = torch.empty(width, dtype=of_adapter), torch.empty(HIDDEN, dtype=of_adapter)
+    scale = torch.empty(HIDDEN, dtype=of_adapter) if scaled else None
     draw = {"seed": torch.tensor(1), "threshold": threshold}
     with dry_run(capability) as launches:
         y, z = bottleneck_forward(
-            x, x, down, biases[0], up, biases[1], None, 1.0, activation, **draw, dtype=dtype,
+            x, x, down, biases[0], up, biases[1], scale, 1.0, activation, **draw, dtype=dtype,
             out_dtype=torch.promote_types(of_x, dtype),
         )  # fmt: skip
         bottleneck_backward(
-            y, x, z, down, up, None, 1.0, activation, **draw, residual_is_x=True, outer_factor=1.0,
+            y, x, z, down, up, scale, 1.0, activation, **draw, residual_is_x=True, outer_factor=1.0,
             outer_dtype=of_adapter, bias_dtypes=(of_adapter, of_adapter), needs=(True,) * 5,
         )  # fmt: skip
     return launches
@@ -89,7 +92,8 @@ def test_launches(capability: int, kind: str, width: int, activation: str, thres
         assert count_tensor_core(launch.instructions) > 0
         assert launch.programs >= launch.limits.multiprocessors
         # The wide operands are specialised as aligned and move 16 bytes at a time.
-        wide = {"x_ptr"} if launch.kernel in THIN else {"addend_ptr", "y_ptr"}
+        names = {"x_ptr", "dy_ptr"} if launch.kernel in THIN else {"addend_ptr", "y_ptr"}
+        wide = names & launch.signature.keys()
         assert wide <= launch.divisible_by_16, launch
         size = max(ELEMENT_SIZE[launch.signature[name]] for name in wide)
         tile = launch.constants["BLOCK_M"] * launch.constants["BLOCK_F"] * size
@@ -101,6 +105,13 @@ def test_launches(capability: int, kind: str, width: int, activation: str, thres
         # Enough of it is asked for ahead of the products.
         in_flight = launch.resident_programs * (launch.num_stages - 1) * tile
         assert in_flight >= launch.limits.bytes_in_flight, launch
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("kind", ["bf16", "autocast"])
+def test_a_trained_scale_fits_too(capability: int, kind: str) -> None:
+    for launch in launches_of(capability, kind, 64, "gelu", 6554, scaled=True):
+        assert_fits(launch)
 
 
 def test_what_is_frozen_is_not_computed() -> None:
@@ -136,20 +147,45 @@ def test_what_is_frozen_is_not_computed() -> None:
 
 
 def test_changing_row_counts_compile_nothing_new() -> None:
-    down, up = torch.empty(64, 1024, dtype=BF16), torch.empty(1024, 64, dtype=BF16)
+    down, up = torch.empty(36, 1024, dtype=BF16), torch.empty(1024, 36, dtype=BF16)
     with dry_run(90) as launches:
         for rows in (TOKENS, 1, 16, 4097):
             x = torch.empty(rows, 1024, dtype=BF16)
+            y, z = bottleneck_forward(
+                x, x, down, None, up, None, None, 1.0, "relu", seed=None, threshold=0, dtype=BF16,
+                out_dtype=BF16,
+            )  # fmt: skip
+            bottleneck_backward(
+                y, x, z, down, up, None, 1.0, "relu", seed=None, threshold=0, residual_is_x=True,
+                outer_factor=1.0, outer_dtype=BF16, bias_dtypes=(BF16, BF16),
+                needs=(True, False, False, False, False),
+            )  # fmt: skip
+    assert len(launches) == 16 and len({launch.cubin for launch in launches}) == 4
+
+
+def test_fp32_weights_are_converted_first_where_that_is_less_work() -> None:
+    def types(rows: int, width: int) -> set[str]:
+        x = torch.empty(rows, 4096, dtype=BF16)
+        down, up = torch.empty(width, 4096), torch.empty(4096, width)
+        with dry_run(90) as launches:
             bottleneck_forward(
                 x, x, down, None, up, None, None, 1.0, "relu", seed=None, threshold=0, dtype=BF16,
                 out_dtype=BF16,
             )  # fmt: skip
-    assert len(launches) == 8 and len({launch.cubin for launch in launches}) == 2
+        return {launch.signature["weight_ptr"] for launch in launches}
+
+    assert types(2048, 64) == {"*fp32"}
+    assert types(2048, 65) == types(4096, 64) == {"*bf16"}
 
 
 def test_other_inputs_are_left_to_the_vendors_products() -> None:
-    x = torch.empty(4, 64)
-    assert _fused(x, 128, BF16) and _fused(x, 1, FP16)
-    assert not _fused(x, 129, BF16) and not _fused(x, 8, FP32) and not _fused(x[:0], 8, BF16)
+    def fused(rows: int, features: int, width: int, dtype: torch.dtype) -> bool:
+        x, down, up = (torch.empty(n, features) for n in (rows, width, width))
+        return _fused(x, down, up.t(), dtype)
+
+    assert fused(4, 64, 128, BF16) and fused(4, 64, 1, FP16)
+    assert not fused(4, 64, 129, BF16) and not fused(4, 64, 8, FP32)
+    for empty in ((0, 64, 8), (4, 0, 8), (4, 64, 0)):
+        assert not fused(*empty, BF16)
     with assume_gpu(Gpu(75, 40)):
-        assert not _fused(x, 8, FP16)
+        assert not fused(4, 64, 8, FP16)

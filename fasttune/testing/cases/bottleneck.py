@@ -34,6 +34,7 @@ class Setting:
     dropout: float = 0.0
     bias: bool = True
     frozen: str = ""
+    strided: bool = False  # every operand lies in a wider tensor, weights transposed
 
 
 def _build(setting: Setting, device: str) -> Call:
@@ -56,6 +57,8 @@ def _build(setting: Setting, device: str) -> Call:
     if setting.scale:
         size = 1 if setting.scale == "scalar" else outputs
         tensors["scale"] = random((size,), setting.adapter, 0.3) + 1
+    if setting.strided:
+        tensors = {name: _spread(tensor) for name, tensor in tensors.items()}
     names = list(tensors)
     leaves = [tensor.detach() for tensor in tensors.values()]
     for name, leaf in zip(names, leaves, strict=True):
@@ -95,6 +98,15 @@ def _build(setting: Setting, device: str) -> Call:
     return Call(leaves, fused, stock, stock, setting.autocast, names)
 
 
+def _spread(tensor: Tensor) -> Tensor:
+    """The same values: a vector in every second element, a matrix transposed, rows apart."""
+    if tensor.dim() == 1:
+        return torch.stack([tensor, -tensor], 1)[:, 0]
+    if tensor.dim() == 2:
+        return tensor.t().contiguous().t()
+    return torch.cat([tensor, -tensor], -1)[..., : tensor.shape[-1]]
+
+
 _BASE = Setting()
 _HALF = Setting(x=BF16, adapter=BF16)
 
@@ -125,6 +137,8 @@ SETTINGS: dict[str, Setting] = {
     "one-dimensional": replace(_HALF, lead=()),
     "empty": replace(_HALF, lead=(0, 3)),
     "odd-sizes": replace(_HALF, lead=(37,), features=77, outputs=77, width=5, dropout=0.1),
+    "strided": replace(_BASE, strided=True, scale="channels", dropout=0.1),
+    "strided-bf16": replace(_HALF, strided=True, scale="channels", activation="sigmoid"),
     "wide": replace(_BASE, lead=(5,), features=130, outputs=130, width=96),
     # What a kernel cuts into parts: rows, features of both sides, the width; and beyond its limit.
     "many-features": replace(
@@ -133,6 +147,7 @@ SETTINGS: dict[str, Setting] = {
     "many-rows": replace(_HALF, lead=(530,), width=24, activation="silu", scale="channels"),
     "width-96-bf16": replace(_HALF, features=136, outputs=136, width=96, activation="gelu"),
     "width-128-bf16": replace(_HALF, lead=(70,), features=136, outputs=136, width=128, dropout=0.1),
+    "width-96-autocast": replace(_BASE, autocast=BF16, lead=(70,), width=96, dropout=0.1),
     "width-130-bf16": replace(_HALF, lead=(5,), width=130),
     "autocast-fp16": replace(_BASE, autocast=FP16, dropout=0.25, activation="leaky_relu"),
     "autocast-dropout": replace(_BASE, x=BF16, autocast=BF16, dropout=0.25, activation="tanh"),
