@@ -13,6 +13,7 @@ from fasttune._native.base_product import Product
 MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
 LANES = 16  # kLanes of csrc/cpu/kernels.h
 MASK_SPAN = 64  # kMaskSpan of csrc/cpu/keep_mask.h
+VENDOR_RANK = 64
 
 
 class Reduced(NamedTuple):
@@ -26,6 +27,15 @@ class Reduced(NamedTuple):
 def dropout_of(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
     bits = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
     return cpu().Dropout(bits, threshold, branch, row_offset)
+
+
+def _by_vendor(wide: Tensor, rank: int, threshold: int = 0) -> bool:
+    """Whether torch makes a product with ``wide``: in fp32 from this rank on its products (MKL)
+    take 0.3 to 1.1 of the time of ours on a Xeon with AMX. On an AMD EPYC ours are as fast.
+    """
+    if wide.dtype != torch.float32 or rank < VENDOR_RANK or threshold:
+        return False
+    return bool(cpu().isa_name() == "amx")
 
 
 def _draw(dropout: Any, rows: int, columns: int) -> Tensor:
@@ -75,6 +85,8 @@ def lora_down(
 ) -> Tensor:
     """t [M, R] fp32 = scale (x * keep) A^T."""
     rank = a.shape[0]
+    if _by_vendor(x, rank, threshold):
+        return torch.mm(x, fp32(a).t()).mul_(_scale(scale, scale_tensor))
     t = torch.empty(x.shape[0], rank, dtype=torch.float32)
     panel = _transposed(a, _padded_rank(rank))  # [K, padded R]
     dropout = dropout_of(seed, threshold, branch, row_offset)
@@ -125,6 +137,9 @@ def lora_up(
     """
     if out is None:
         out = torch.empty(t.shape[0], b.shape[0], dtype=out_dtype)
+    plain = product is None and bias is None and addend_scale is None
+    if addend is not None and plain and _by_vendor(out, t.shape[1]):
+        return torch.addmm(addend, t, fp32(b).t(), out=out)
     panel = _transposed(b, b.shape[0])
     _expand(t, panel, bias, dropout_of(None, 0, 0, 0), out, addend, addend_scale, product)
     return out
@@ -159,6 +174,13 @@ def lora_up_backward(
     d = db = None
     incoming, none = matrix(dy), dropout_of(None, 0, 0, 0)
     rank = b.shape[1]
+    if _by_vendor(dy, rank):
+        if need_d:
+            d = torch.mm(dy, fp32(b)).mul_(_scale(scale, scale_tensor))
+        if need_db:
+            assert t is not None
+            db = torch.mm(dy.t(), t).to(b.dtype)
+        return d, db
     if need_d:
         d = torch.empty(dy.shape[0], rank, dtype=torch.float32)
         panel = _padded(b, _padded_rank(rank))
@@ -211,8 +233,13 @@ def lora_down_backward(
         assert d is not None
         panel_of_a = fp32(a)
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
-        _expand(d, panel_of_a, None, dropout, dx, addend, product=product, reduced=reduced)
-    if need_da:
+        if _by_vendor(dx, a.shape[0], threshold) and addend is not None and product is None:
+            torch.addmm(addend, d, panel_of_a, out=dx)
+        else:
+            _expand(d, panel_of_a, None, dropout, dx, addend, product=product, reduced=reduced)
+    if need_da and x is not None and d is not None and _by_vendor(x, a.shape[0], threshold):
+        da = torch.mm(d.t(), x).to(a.dtype)
+    elif need_da:
         assert d is not None and x is not None
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
         padded = _padded(d, _padded_rank(a.shape[0]))

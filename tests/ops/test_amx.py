@@ -634,3 +634,54 @@ def test_out_of_memory_is_an_error_that_can_be_survived(isa):
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.strip() == "refused"
+
+
+class _Named:
+    """The extension under the name of another build."""
+
+    def __init__(self, name):
+        self.isa_name = lambda: name
+
+    def __getattr__(self, name):
+        return getattr(_native.cpu(), name)
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "p", "expected"),
+    [
+        (64, torch.float32, 0.0, ["mm"] * 3 + ["addmm"] * 2 + ["mm"]),
+        (70, torch.float32, 0.0, ["mm"] * 3 + ["addmm"] * 2 + ["mm"]),
+        (64, torch.float32, 0.3, ["mm"] * 2 + ["addmm"]),
+        (63, torch.float32, 0.0, []),
+        (64, torch.bfloat16, 0.0, []),
+    ],
+)
+def test_wide_fp32_products_are_the_vendors_where_they_are_faster(
+    rank, dtype, p, expected, monkeypatch
+):
+    torch.manual_seed(0)
+    x, dy = torch.randn(37, 90).to(dtype), torch.randn(37, 50).to(dtype)
+    a, b, t = torch.randn(rank, 90), torch.randn(50, rank), torch.randn(37, rank)
+    called = []
+
+    def all_products():
+        down = _native.lora_down(x, a, 0.5, None, **draws(p))
+        d, db = _native.lora_up_backward(dy, t, b, 2.0, None, need_d=True, need_db=True)
+        up = _native.lora_up(t, b, None, out_dtype=dtype, addend=dy)
+        dx, da = _native.lora_down_backward(
+            t, a, x, **draws(p), dx_dtype=dtype, need_dx=True, need_da=True, addend=x
+        )
+        return {"t": down, "d": d, "db": db, "y": up, "dx": dx, "da": da}
+
+    monkeypatch.setattr(_native.lora_linear, "cpu", lambda: _Named("avx512"))
+    ours = all_products()
+    monkeypatch.setattr(_native.lora_linear, "cpu", lambda: _Named("amx"))
+    for name in ("mm", "addmm"):
+        product = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *a, name=name, f=product, **k: called.append(name) or f(*a, **k)
+        )
+    vendors = all_products()
+    assert called == expected
+    for name, product in ours.items():
+        torch.testing.assert_close(vendors[name], product, rtol=1e-5, atol=1e-4)
