@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.nn import Parameter
 
 _PLAIN_TYPES = (Tensor, Parameter)
+# Attributes of a module: dictionaries, empty without a hook.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MPS = torch.backends.mps.is_available()
 
 
@@ -83,6 +85,14 @@ def after_backward(function: Callable[[], None]) -> None:
 def acts_on_gradient(parameter: Tensor) -> bool:
     """True if something runs as soon as the parameter's gradient is complete, inside backward."""
     return bool(parameter._post_accumulate_grad_hooks)
+
+
+def hooked(module: nn.Module) -> bool:
+    """True if a call of the module does more than its class's forward."""
+    state = module.__dict__
+    if "forward" in state or "_hf_hook" in state:
+        return True
+    return any(state.get(name) for name in HOOKS)
 
 
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:

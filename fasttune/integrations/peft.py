@@ -16,10 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fasttune import _torch
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_RANK = 256  # of every backend of lora_linear
 NO_ADAPTER = "no active adapter on this layer"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def loaded() -> bool:
@@ -108,14 +109,6 @@ def injected_adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(config) if isinstance(config, dict) else ()
 
 
-def hooked(module: nn.Module) -> bool:
-    """True if a call of the module does more than its class's forward."""
-    state = module.__dict__
-    if "forward" in state or "_hf_hook" in state:
-        return True
-    return any(state.get(name) for name in HOOKS)
-
-
 def plain(tensor: Tensor) -> bool:
     """True for a tensor with its own storage, neither sharded nor quantised."""
     return type(tensor) in (Tensor, nn.Parameter)
@@ -127,7 +120,7 @@ def plain_weight(layer: Any) -> Tensor | None:
     """
     base = layer._modules["base_layer"]
     conv1d = type(base) is _conv1d()
-    if (type(base) is not nn.Linear and not conv1d) or hooked(base):
+    if (type(base) is not nn.Linear and not conv1d) or _torch.hooked(base):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if weight is None or not plain(weight) or (bias is not None and not plain(bias)):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.reason import Reason
 
@@ -34,7 +35,7 @@ def why_original(layer: Any, adapter: str, x: Tensor) -> Reason | None:
     no reason.
     """
     magnitude = layer.lora_magnitude_vector[adapter]
-    if peft.hooked(magnitude):
+    if _torch.hooked(magnitude):
         return Reason(f"a hook on lora_magnitude_vector[{adapter!r}]")
     if peft.plain_weight(layer) is None:
         return Reason("DoRA on a base whose own forward must run")

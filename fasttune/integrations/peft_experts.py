@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
+from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.ops.lora_experts import LowRank
 from fasttune.reason import Reason
@@ -95,7 +96,7 @@ def why_original(layer: nn.Module) -> Reason | None:
         return Reason(peft.NO_ADAPTER, expected=True)
     if torch_module._has_any_global_hook():
         return Reason("a global module hook is registered")
-    if any(peft.hooked(inner) for inner in (*wrappers[1:], module)):
+    if any(_torch.hooked(inner) for inner in (*wrappers[1:], module)):
         return Reason("a hook on base_layer")
     if parametrize.is_parametrized(module):
         return Reason("the experts are parametrized: quantised or changed by another library")

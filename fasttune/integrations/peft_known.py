@@ -103,7 +103,7 @@ class Known:
             for key in _SHADOWS:
                 if key in attributes:
                     return False
-            for key in peft.HOOKS:
+            for key in _torch.HOOKS:
                 if attributes[key]:
                     return False
         for tensor, kind, dtype, device, shape in self._tensors:

@@ -130,7 +130,7 @@ def why_factors(
         if down._parameters.get("bias") is not None:
             return Reason("lora_A has a bias")
         for name, module in (("lora_A", down), ("lora_B", up), ("lora_dropout", dropout)):
-            if peft.hooked(module):
+            if _torch.hooked(module):
                 return Reason(f"a hook on {name}[{adapter!r}]")
         a, b = down._parameters.get("weight"), up._parameters.get("weight")
         if a is None or b is None or not peft.plain(a) or not peft.plain(b):

@@ -154,7 +154,7 @@ def _why_adapters(layer: Any, x: Tensor) -> Reason | None:
         reason = peft_linear.why_tensors(tensors, x) or peft_linear.why_dropout(dropout)
         if reason is not None:
             return reason
-        if peft.hooked(dropout):
+        if _torch.hooked(dropout):
             return Reason(f"a hook on the dropout of {adapter!r}")
         if not 0 < a.shape[0] <= peft.LARGEST_RANK or a.shape[0] != b.shape[1]:
             return Reason(f"rank {a.shape[0]} / {b.shape[1]} is not in 1 ... {peft.LARGEST_RANK}")

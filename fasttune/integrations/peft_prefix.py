@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.reason import Reason
 
@@ -64,7 +65,7 @@ def why_not_once(encoder: Any, modules: Sequence[type[nn.Module]]) -> Reason | N
     embedding = encoder.embedding
     if type(embedding) is not nn.Embedding or embedding.scale_grad_by_freq or embedding.sparse:
         return Reason("the embedding of the prefix is not that of PEFT")
-    if any(peft.hooked(part) for part in (*parts, *([encoder.transform] if parts[1:] else []))):
+    if any(_torch.hooked(part) for part in (*parts, *([encoder.transform] if parts[1:] else []))):
         return Reason("a hook on a part of the prefix encoder")
     return None
 

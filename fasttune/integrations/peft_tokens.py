@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasttune import _torch
 from fasttune.integrations import peft
 from fasttune.reason import Reason
 
@@ -34,7 +35,7 @@ def why_original(layer: Any) -> Reason | None:
     if layer.merged:
         return Reason("adapters are merged", expected=True)
     base = layer.base_layer
-    if peft.hooked(base):
+    if _torch.hooked(base):
         return Reason("a hook on base_layer")
     if isinstance(base, nn.Embedding):
         if base.max_norm is not None or base.scale_grad_by_freq or base.sparse:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fasttune import _torch
 from fasttune.nn.norms import LayerNorm
 from fasttune.ops import bottleneck
 from fasttune.ops._activations import ACTIVATIONS
@@ -135,14 +136,11 @@ class BottleneckAdapter(nn.Module):
         return f"activation={name}, scaling={scaling}, dropout={self.dropout}"
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def _is_plain(layer: nn.Module) -> bool:
     """Whether the layer is its weight and bias alone: not quantized, wrapped or hooked."""
-    if type(layer) is not nn.Linear or any(getattr(layer, name) for name in _HOOKS):
+    if type(layer) is not nn.Linear or _torch.hooked(layer):
         return False
-    return type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.is_floating_point()
+    return _torch.all_plain_or_meta((layer.weight,)) and layer.weight.is_floating_point()
 
 
 def _checked(name: str, activation: Activation) -> Activation:

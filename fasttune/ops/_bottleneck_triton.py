@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,26 +26,12 @@ _DTYPES = (torch.bfloat16, torch.float16)  # fp32 products are the vendor's
 MAX_WIDTH = 128
 
 
-def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    activation: str,
-    threshold: int,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """The arguments of ``_bottleneck_products.forward_with`` but for the primitives."""
+    x, residual, down, down_bias, up, up_bias, scale, factor, *facts = args
+    activation, threshold, seed, dtype, out_dtype = facts
     if not _fused(x, down, up, dtype):
-        return _bottleneck_products.forward_with(
-            _PRIMITIVES, x, residual, down, down_bias, up, up_bias, scale, factor, activation,
-            threshold, seed, dtype, out_dtype,
-        )  # fmt: skip
+        return _bottleneck_products.forward_with(_PRIMITIVES, *args)
     found: tuple[Tensor, Tensor] = _triton.kernels("bottleneck").bottleneck_forward(
         x, residual, down, down_bias, up, up_bias, scale,
         factor * _dropout.keep_scale(threshold), activation, seed=seed, threshold=threshold,
@@ -55,28 +40,12 @@ def forward(
     return found
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    down: Tensor,
-    down_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    activation: str,
-    threshold: int,
-    seed: Tensor | None,
-    dtype: torch.dtype,
-    residual_is_x: bool,
-    needs: Sequence[bool],
-) -> list[Tensor]:
+def backward(*args: Any) -> list[Tensor]:
+    """The arguments of ``_bottleneck_products.backward_with`` but for the primitives."""
+    dy, x, z, down, down_bias, up, up_bias, scale, factor, *facts = args
+    activation, threshold, seed, dtype, residual_is_x, needs = facts
     if not _fused(x, down, up, dtype):
-        return _bottleneck_products.backward_with(
-            _PRIMITIVES, dy, x, z, down, down_bias, up, up_bias, scale, factor, activation,
-            threshold, seed, dtype, residual_is_x, needs,
-        )  # fmt: skip
+        return _bottleneck_products.backward_with(_PRIMITIVES, *args)
     need_x, need_down, need_down_bias, need_up, need_up_bias, need_scale = needs
     whole = factor * _dropout.keep_scale(threshold)
     found = _triton.kernels("bottleneck").bottleneck_backward(
@@ -102,9 +71,12 @@ def _dtype_of(bias: Tensor | None) -> torch.dtype:
     return torch.float32 if bias is None else bias.dtype
 
 
+def _fits(down: Tensor, dtype: torch.dtype) -> bool:
+    return dtype in _DTYPES and down.shape[0] <= MAX_WIDTH
+
+
 def _fused(x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> bool:
-    fits = dtype in _DTYPES and down.shape[0] <= MAX_WIDTH
-    if not fits or 0 in (*x.shape, *down.shape, *up.shape):
+    if not _fits(down, dtype) or 0 in (*x.shape, *down.shape, *up.shape):
         return False
     gpu = _triton.kernels("tables").gpu_of(x)
     return bool(_triton.kernels("lora_tables").has_tensor_cores(gpu))
@@ -114,7 +86,8 @@ def fused_on_gpu(x: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
     """Whether the fused kernels take the CUDA tensor x and weights like ``down`` [R, K], computed
     in ``dtype``; torch.compile can trace it.
     """
-    fits = dtype in _DTYPES and down.shape[0] <= MAX_WIDTH
-    if not fits or {x.dtype, down.dtype} - set(KERNEL_DTYPES) or _triton.why_not((x,)) is not None:
+    if not _fits(down, dtype) or {x.dtype, down.dtype} - set(KERNEL_DTYPES):
+        return False
+    if _triton.why_not((x,)) is not None:
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fasttune import _torch
-from fasttune.integrations import peft, peft_ia3
+from fasttune.integrations import peft_ia3
 from fasttune.ops import LoraProjection
 from fasttune.ops.ia3_scale import apply_ia3_scale
 from fasttune.ops.lora_linear import apply_group
@@ -74,7 +74,7 @@ def scale_of_input(layer: nn.Module, like: Tensor) -> Tensor | None:
     that input and then calls :func:`forward_scaled`; None if the layer must be called itself.
     """
     ours = type(layer).__dict__.get("_fasttune_kind") == KIND
-    if not ours or peft.hooked(layer) or torch_module._has_any_global_hook():
+    if not ours or _torch.hooked(layer) or torch_module._has_any_global_hook():
         return None
     if not peft_ia3.scales_input(layer) or peft_ia3.converts(layer):
         return None

@@ -139,7 +139,7 @@ def _has_adapter(layer: Any) -> bool:
 
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
     compute_dtype = _torch.autocast_dtype(x.device.type) or x.dtype
-    alone = projection.weight is None or peft.hooked(layer)
+    alone = projection.weight is None or _torch.hooked(layer)
     members = groups.gather(layer, x, projection, _as_member, alone=alone)
     ys = apply_group(x, [own for _, own in members], compute_dtype)
     groups.keep(members, x, ys)
@@ -162,7 +162,7 @@ def _known(layer: Any, x: Any) -> LoraProjection | None:
 
 def _as_member(layer: Any, x: Any) -> LoraProjection | None:
     """What a layer computes in a group, or None if it computes alone."""
-    if peft.hooked(layer):
+    if _torch.hooked(layer):
         return None
     if not is_compiling() and (known := _known(layer, x)) is not None:
         return known

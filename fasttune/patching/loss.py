@@ -224,13 +224,13 @@ def snapshot(head: nn.Module) -> Snapshot:
 def why_head_original(head: nn.Module) -> Reason | None:
     """Why the loss must see this head's logits, or None."""
     module: Any = head
-    if peft.hooked(module):
+    if _torch.hooked(module):
         return Reason("a hook on the output head")
     if peft.is_modules_to_save(module):
         module = peft.saved_module(module)
         if module is None:
             return Reason("several modules_to_save are active on the head")
-        if peft.hooked(module):
+        if _torch.hooked(module):
             return Reason("a hook on the output head")
     if peft.loaded() and peft_linear.is_linear(swap.original_class(module)):
         if assignment.names_of(module) is not None:
@@ -241,7 +241,7 @@ def why_head_original(head: nn.Module) -> Reason | None:
         if reason is not None:
             return reason
         module = module.base_layer
-        if peft.hooked(module):
+        if _torch.hooked(module):
             return Reason("a hook on the output head")
     if swap.original_class(module) is not nn.Linear:
         return Reason(f"the output head is {swap.original_class(module).__name__}, not nn.Linear")

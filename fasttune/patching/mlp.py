@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasttune.integrations import peft
+from fasttune import _torch
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.glu import apply_glu
 from fasttune.ops.policy import mlp_too_small
@@ -159,7 +159,7 @@ def _settings(module: nn.Module, called: Collection[str]) -> tuple[Any, ...]:
     for name, child in module._modules.items():
         if child is None or name in called:
             continue
-        facts = name, swap.original_class(child), peft.hooked(child)
+        facts = name, swap.original_class(child), _torch.hooked(child)
         own.append((*facts, _settings(child, ())))
     return tuple(own)
 

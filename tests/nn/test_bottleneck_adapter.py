@@ -199,7 +199,7 @@ def test_what_is_fused_on_a_gpu(
     assert bottleneck_not_faster(x, down, dtype, 0.1, scaled=False)
 
 
-@pytest.mark.parametrize("change", ["lora", "hook", "parametrization", "quantized"])
+@pytest.mark.parametrize("change", ["lora", "hook", "forward", "parametrization", "quantized"])
 def test_what_is_put_around_its_layers_acts(change: str) -> None:
     """The op reads weights; a layer that is more than those must be called."""
     adapter, x = filled(dropout=0.5), torch.randn(5, H)
@@ -209,6 +209,8 @@ def test_what_is_put_around_its_layers_acts(change: str) -> None:
         inject_adapter_in_model(config, adapter)
     elif change == "hook":
         adapter.up.register_forward_hook(lambda layer, args, y: 2 * y)
+    elif change == "forward":  # as accelerate does
+        adapter.up.forward = lambda h: 3 * nn.Linear.forward(adapter.up, h)  # type: ignore
     elif change == "parametrization":
         register_parametrization(adapter.down, "weight", nn.ReLU())
     else:
