@@ -21,7 +21,10 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # First that supports the arguments wins. Triton covers every op; CUDA C++ needs an R580+ driver.
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
-_forced: ContextVar[str | None] = ContextVar("fasttune_backend", default=None)
+# A small layer of a patched model asks for these two by themselves, to save the call
+# (patching/guard.py): forced_backend() is what they mean.
+forced_in_context: ContextVar[str | None] = ContextVar("fasttune_backend", default=None)
+forced_by_environment = os.environ.get("FASTTUNE_BACKEND")
 
 
 class BackendError(RuntimeError):
@@ -65,12 +68,12 @@ class Op:
         Raises:
             BackendError: a forced backend does not exist for this op or cannot take the arguments.
         """
-        forced = forced_backend()
-        if forced is not None:
-            chosen = self.backends.get(forced)
+        name = forced_backend()
+        if name is not None:
+            chosen = self.backends.get(name)
             reason = "it is not implemented" if chosen is None else chosen.supports(*args)
             if chosen is None or reason is not None:
-                raise BackendError(f"{self.name}: backend {forced!r} was asked for, but {reason}")
+                raise BackendError(f"{self.name}: backend {name!r} was asked for, but {reason}")
             return chosen
         for name in ORDER.get(_device_type(args), ("reference",)):
             candidate = self.backends.get(name)
@@ -135,19 +138,15 @@ def must_dispatch(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
-# Asked at every call, where a look into os.environ would show in the time of a small model.
-_environment = os.environ.get("FASTTUNE_BACKEND")
-
-
 def read_environment() -> None:
     """Read ``FASTTUNE_BACKEND`` again; importing fasttune and ``fasttune.patch`` do."""
-    global _environment
-    _environment = os.environ.get("FASTTUNE_BACKEND")
+    global forced_by_environment
+    forced_by_environment = os.environ.get("FASTTUNE_BACKEND")
 
 
 def forced_backend() -> str | None:
     """The backend that ``use_backend`` or ``FASTTUNE_BACKEND`` asks for, or None."""
-    name = _forced.get() or _environment or None
+    name = forced_in_context.get() or forced_by_environment or None
     if name is not None:
         _check_name(name, "FASTTUNE_BACKEND")
     return name
@@ -166,11 +165,11 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is no backend.
     """
     _check_name(name, "use_backend")
-    token = _forced.set(name)
+    token = forced_in_context.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced_in_context.reset(token)
 
 
 def _check_name(name: str, where: str) -> None:

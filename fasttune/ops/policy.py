@@ -28,7 +28,8 @@ class Limits:
             kernels. The branch stays in the adapter's dtype under autocast, where torch rounds it
             to 16 bits: least is gained there.
         lora_embedding: output of a LoRA embedding and factors A, whose gradients are dense.
-        kernels: input of a norm that is several kernels of torch.
+        kernels: input of a norm or an activation that is more than two kernels of torch.
+        two_kernels: the same of two: the square of a relu, a layer norm with a shifted weight.
         one_kernel, one_kernel_fp32: input of a module that is one kernel of torch already. In fp32
             layer_norm and gelu of torch are as fast as ours (Xeon with AMX), and a call of ours
             takes 50 to 100 us longer.
@@ -56,6 +57,7 @@ class Limits:
     lora_autocast: int = 1 << 21
     lora_embedding: int = 1 << 18
     kernels: int = 1 << 15
+    two_kernels: int = 1 << 19
     one_kernel: int = 1 << 18
     one_kernel_fp32: int = 1 << 21
     one_kernel_cuda: int = 1 << 24
@@ -147,7 +149,7 @@ def row_wise_too_small(x: Tensor, operations: int) -> bool:
     if not x.is_cpu:
         limit = limits.one_kernel_cuda if x.is_cuda and operations == 1 else 0
     elif operations > 1:
-        limit = limits.kernels
+        limit = limits.kernels if operations > 2 else limits.two_kernels
     else:
         limit = limits.one_kernel_fp32 if x.dtype == torch.float32 else limits.one_kernel
     return x.numel() < limit and _registry.forced_backend() is None

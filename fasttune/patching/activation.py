@@ -109,4 +109,4 @@ def _forward(module: nn.Module, original: Any, x: Any, *args: Any, **kwargs: Any
     return original(module, x, *args, **kwargs)
 
 
-swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _forward, of_tensor=True)

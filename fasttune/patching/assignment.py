@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from fasttune import _torch
+from fasttune.patching import state
 
 _ATTRIBUTE = "_gradient_checkpointing_func"  # of transformers' checkpointed modules
 
@@ -34,11 +35,13 @@ _lock = threading.Lock()
 _contexts = 0
 # What a traced forward reads: torch.compile guards a module's bool, and no thread's attribute.
 _any_context = False
+# Whether this process has run a mixed batch at all.
+seen = False
 
 
 def anywhere() -> bool:
     """Whether any thread may run a mixed batch, or may recompute one of before."""
-    return _any_context or _torch.inside_backward()
+    return seen and (_any_context or _torch.inside_backward())
 
 
 def traced() -> bool:
@@ -76,6 +79,9 @@ def entered(layers: Mapping[int, Names]) -> Iterator[None]:
 def assigned(layers: list[nn.Module], names: Names) -> Iterator[None]:
     """On this thread, these layers too run mixed batches with ``names``."""
     _count(1)
+    for layer in layers:  # after ``seen``: what falls asleep from here on wakes by itself (lora.py)
+        for record in state.all_of(layer).values():
+            record.small = None
     try:
         with entered({**_current.layers, **{id(layer): names for layer in layers}}):
             yield
@@ -84,8 +90,9 @@ def assigned(layers: list[nn.Module], names: Names) -> Iterator[None]:
 
 
 def _count(step: int) -> None:
-    global _contexts, _any_context
+    global _contexts, _any_context, seen
     with _lock:
+        seen = True
         _contexts += step
         _any_context = _contexts > 0
 

@@ -122,7 +122,7 @@ def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Size, 
     """Of all inputs: the keys may come from another than the first, and a recomputation has to take
     the path of its forward."""
     inputs = (*args, *kwargs.values())
-    return tuple(value.shape for value in inputs if isinstance(value, Tensor))
+    return tuple([value.shape for value in inputs if isinstance(value, Tensor)])
 
 
 @lru_cache(maxsize=1024)

@@ -19,12 +19,12 @@ COMPILED = Reason("torch.compile traces the original forward", expected=True)
 INFERENCE = Reason("inference", expected=True)
 EXTRA = Reason("called with extra arguments")
 TOO_SMALL = Reason("the original forward is as fast for an input this small", expected=True)
-_TOO_SMALL = TOO_SMALL.text
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_small(record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts: Any) -> bool:
-    """Whether the original forward is as fast for an input as small as x; counted if it is.
+    """Whether the original forward is as fast for an input as small as x; counted if it is, and
+    remembered: swap.py runs the original forward of inputs that are no larger.
 
     To be asked first: a small input takes the original forward whatever the other checks say, and
     to a small model their time is not small.
@@ -32,19 +32,9 @@ def is_small(record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts
     Args:
         ask: of x and the facts; True of an input has to mean True of every smaller one.
     """
-    return not is_compiling() and is_small_in_eager(record, x, ask, *facts)
-
-
-def is_small_in_eager(
-    record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts: Any
-) -> bool:
-    """:func:`is_small` for who has asked whether torch.compile traces."""
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or is_compiling() or not ask(x, *facts):
         return False
-    small = record.small
-    if small is None or x.numel() > small[0] or not _holds(small, x):
-        if not ask(x, *facts):
-            return False
+    if x.is_cpu:
         remember_small(record, x.numel())
     count_small(record)
     return True
@@ -52,7 +42,7 @@ def is_small_in_eager(
 
 def count_small(record: state.ModuleState) -> None:
     """A call has taken the original forward for its size."""
-    record.fallbacks[_TOO_SMALL] += 1
+    record.fallbacks[TOO_SMALL.text] += 1
 
 
 def remember_small(record: state.ModuleState, size: Any) -> None:
@@ -63,15 +53,12 @@ def remember_small(record: state.ModuleState, size: Any) -> None:
 def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
     """Whether exactly this size was too small, and still is; counted if it is."""
     small = record.small
-    if small is None or small[0] != size or not _holds(small, x):
+    if small is None or small[0] != size or small[1] is not policy.limits or not x.is_cpu:
+        return False
+    if _registry.forced_backend() is not None:
         return False
     count_small(record)
     return True
-
-
-def _holds(small: tuple[Any, policy.Limits], x: Tensor) -> bool:
-    """Whether what was small for a CPU still is: tests and verify change the limits."""
-    return small[1] is policy.limits and x.is_cpu and _registry.forced_backend() is None
 
 
 def why_original(

@@ -118,4 +118,4 @@ def _why_base_output(layer: Any, base: Any, scale: Tensor) -> Reason | None:
     return None
 
 
-swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _forward, of_tensor=True)

@@ -84,11 +84,13 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         plain
         and not assignment.anywhere()
         and (
-            guard.is_small_in_eager(record, x, lora_too_small, layer.out_features)
+            guard.is_small(record, x, lora_too_small, layer.out_features)
             or _is_small_without_dropout(layer, record, x)
         )
     ):
         record.mixed = False
+        if assignment.seen:
+            record.small = None  # a recomputation of a mixed batch has to come this far
         return original(layer, x)
     mixed = mixed_layer.forward(layer, original, record, x, args, kwargs)
     if mixed is not None:
@@ -243,5 +245,5 @@ def _embedding_forward(layer: nn.Module, original: Any, ids: Any, *args: Any, **
     return lora_embedding.forward(layer, original, state.of(layer, KIND), ids, args, kwargs)
 
 
-swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _forward, of_tensor=True)
 swap.register_kind(KIND, _embedding_forward, class_name="Embedding")

@@ -72,4 +72,4 @@ def _why_original(
     return _HIGH_RANK if scaled and vera_not_faster(x, scaled) else None
 
 
-swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _forward, of_tensor=True)

@@ -236,4 +236,4 @@ def _why_dtypes_differ(module: nn.Module, plan: GatedPlan) -> Reason | None:
     return Reason("its projections have several dtypes") if len(dtypes) > 1 else None
 
 
-swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _forward, of_tensor=True)

@@ -251,4 +251,4 @@ def _why_original(module: nn.Module, formula: Formula, x: Tensor) -> Reason | No
     return None
 
 
-swap.register_kind(KIND, _forward)
+swap.register_kind(KIND, _forward, of_tensor=True)

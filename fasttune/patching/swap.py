@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from fasttune import _registry
 from fasttune.errors import PatchError
+from fasttune.ops import policy
+from fasttune.patching import guard
 
 # forward(module, original_forward, *args, **kwargs); original_forward takes the module first.
 Forward = Callable[..., Any]
@@ -41,20 +46,31 @@ def stock() -> Iterator[None]:
 
 _forwards: dict[tuple[str, str], Forward] = {}
 _in_stock: set[str] = set()
+_of_tensor: set[str] = set()
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 def register_kind(
-    kind: str, forward: Forward, *, class_name: str = "", in_stock: bool = False
+    kind: str,
+    forward: Forward,
+    *,
+    class_name: str = "",
+    in_stock: bool = False,
+    of_tensor: bool = False,
 ) -> None:
     """Name the forward of a kind of swap, of classes of one name or of all others; names, not
     functions, travel in pickles.
 
-    ``in_stock``: without it the stock model cannot run, so :func:`stock` keeps it.
+    Args:
+        in_stock: without it the stock model cannot run, so :func:`stock` keeps it.
+        of_tensor: the modules are functions of one tensor, their first argument, which ``forward``
+            gets by position.
     """
     _forwards[kind, class_name] = forward
     if in_stock:
         _in_stock.add(kind)
+    if of_tensor:
+        _of_tensor.add(kind)
 
 
 def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
@@ -63,13 +79,7 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
     if cached is not None:
         return cached
     fused = _forwards.get((kind, original.__name__)) or _forwards[kind, ""]
-    own = original.forward
-
-    @functools.wraps(own)  # trainers read the signature of forward
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _stock.active and kind not in _in_stock:
-            return own(self, *args, **kwargs)
-        return fused(self, own, *args, **kwargs)
+    forward = (_forward_of_tensor if kind in _of_tensor else _forward_of)(original, kind, fused)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         root, kinds = _history(type(self))
@@ -91,6 +101,51 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
     )
     _classes[original, kind] = subclass
     return subclass
+
+
+def _forward_of(original: type[nn.Module], kind: str, fused: Forward) -> Forward:
+    own = original.forward
+
+    @functools.wraps(own)  # trainers read the signature of forward
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _stock.active and kind not in _in_stock:
+            return own(self, *args, **kwargs)
+        return fused(self, own, *args, **kwargs)
+
+    return forward
+
+
+def _forward_of_tensor(original: type[nn.Module], kind: str, fused: Forward) -> Forward:
+    """Of a function of one tensor. What a kind has found too small once (guard.py) gets no further
+    than here, and this makes no call that it can do without: between two large products a call of
+    Python finds its code in no cache, which a small model would feel (20 us a layer).
+    """
+    own = original.forward
+    name = next(iter(list(inspect.signature(own).parameters)[1:]), "")  # after self
+    too_small = guard.TOO_SMALL.text
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _stock.active:
+            return own(self, *args, **kwargs)
+        if not args and name in kwargs:
+            args = (kwargs.pop(name),)
+        if len(args) == 1 and not kwargs and not is_compiling():
+            x, record = args[0], self._fasttune_state[kind]
+            if (
+                record.small is not None
+                and type(x) is Tensor
+                and x.numel() <= record.small[0]
+                and record.small[1] is policy.limits
+                and x.is_cpu
+                and not _registry.forced_in_context.get()
+                and not _registry.forced_by_environment
+            ):
+                record.fallbacks[too_small] += 1
+                return own(self, x)
+        return fused(self, own, *args, **kwargs)
+
+    return forward
 
 
 def swap(module: nn.Module, kind: str) -> None:

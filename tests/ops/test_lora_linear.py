@@ -195,7 +195,7 @@ def test_forced_backends(monkeypatch):
         fasttune.use_backend("gpu"),
     ):
         pass
-    monkeypatch.setattr(_registry, "_environment", "refrence")
+    monkeypatch.setattr(_registry, "forced_by_environment", "refrence")
     with pytest.raises(ValueError, match="FASTTUNE_BACKEND: expected one of"):
         lora_linear(x, weight, a, b)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -11,9 +13,16 @@ from torch import nn
 import fasttune
 from fasttune import _registry
 from fasttune.ops import policy
-from fasttune.patching import guard, swap
+from fasttune.patching import guard, state, swap
 from fasttune.patching.state import ModuleState
 from fasttune.testing.families import FAMILIES
+
+KIND = "test_guard"
+
+
+class Doubled(nn.Module):
+    def forward(self, hidden: torch.Tensor, factor: float = 2.0) -> torch.Tensor:
+        return hidden * factor
 
 
 class Asked:
@@ -27,41 +36,95 @@ class Asked:
         return x.numel() < self.below
 
 
+def _forward(module: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    guard.is_small(state.of(module, KIND), x, module.ask)
+    return original(module, x, *args, **kwargs)
+
+
+swap.register_kind(KIND, _forward, of_tensor=True)
+
+
 @pytest.fixture
 def record() -> ModuleState:
-    return ModuleState("layer", "norm")
+    return ModuleState("layer", KIND)
 
 
-def test_a_small_input_is_asked_for_once_and_counted_always(record: ModuleState):
-    ask = Asked(below=100)
-    assert all(guard.is_small(record, torch.zeros(n), ask) for n in (64, 64, 32))
-    assert ask.times == 1
+@pytest.fixture
+def module(record: ModuleState) -> Doubled:
+    """Swapped; asks at each call whether its input has less than 100 elements."""
+    made = Doubled()
+    made.ask = Asked(below=100)
+    swap.swap(made, KIND)
+    state.attach(made, record)
+    return made
+
+
+def test_a_small_input_is_asked_for_once_and_counted_always(module, record):
+    for n in (64, 64, 32):
+        x = torch.randn(n)
+        assert torch.equal(module(x), 2 * x)
+    assert module.ask.times == 1
     assert record.fallbacks == {guard.TOO_SMALL.text: 3}
     assert not record.unexpected
 
 
-def test_a_larger_input_is_asked_for_again(record: ModuleState):
-    ask = Asked(below=100)
-    assert guard.is_small(record, torch.zeros(64), ask)
-    assert guard.is_small(record, torch.zeros(99), ask)
-    assert not guard.is_small(record, torch.zeros(100), ask)
-    assert ask.times == 3
-    assert record.calls == 2
+def test_a_larger_input_is_asked_for_again(module, record):
+    for n in (64, 99, 100, 99):
+        module(torch.zeros(n))
+    assert module.ask.times == 3
+    assert record.calls == 3
 
 
-def test_what_was_small_is_forgotten_where_the_limits_change(
-    record: ModuleState, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_was_small_is_forgotten_where_the_limits_change(module, monkeypatch):
     monkeypatch.setattr(policy, "limits", policy.Limits())  # in tests there are none
     x = torch.zeros(4)
-    assert guard.is_small(record, x, Asked(below=100))
+
+    def asks(x: torch.Tensor) -> bool:
+        """Whether the module asks again, and is told that x is not small."""
+        module.ask = Asked(below=0)
+        module(x)
+        return bool(module.ask.times)
+
+    module(x)
+    assert not asks(x)
     with policy.no_limits():
-        assert not guard.is_small(record, x, Asked(below=0))
-        assert not guard.was_small(record, x, 4)
+        assert asks(x)
+        assert not guard.was_small(state.of(module, KIND), x, 4)
     with _registry.use_backend("reference"):
-        assert not guard.is_small(record, x, Asked(below=0))
-    assert not guard.is_small(record, x.to("meta"), Asked(below=0))
-    assert guard.is_small(record, x, Asked(below=0))  # on the CPU it still is
+        assert asks(x)
+    with monkeypatch.context() as here:
+        here.setattr(_registry, "forced_by_environment", "reference")
+        assert asks(x)
+    assert asks(x.to("meta"))
+    assert not asks(x)  # on the CPU it still is
+
+
+def test_what_was_small_on_another_device_is_not_for_the_cpu(module):
+    module(torch.zeros(4, device="meta"))
+    module(torch.zeros(4))
+    assert module.ask.times == 2
+
+
+def test_further_arguments_reach_the_forward(module, record):
+    x = torch.randn(4)
+    module(x)
+    assert torch.equal(module(x, 3.0), 3 * x)
+    assert torch.equal(module(x, factor=3.0), 3 * x)
+    assert torch.equal(module(hidden=x, factor=3.0), 3 * x)
+    assert torch.equal(module(hidden=x), 2 * x)
+    assert module.ask.times == 4  # all but the last, whose only argument is the tensor
+    with pytest.raises(TypeError, match="'x'"):
+        module(factor=3.0)
+
+
+def test_the_stock_model_and_traces_count_nothing(module, record):
+    x = torch.randn(4)
+    module(x)
+    with swap.stock():
+        assert torch.equal(module(hidden=x), 2 * x)
+    traced = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(traced(x), 2 * x)
+    assert record.calls == 1
 
 
 def test_a_size_is_compared_as_it_was_given(record: ModuleState):

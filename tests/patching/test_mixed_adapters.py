@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fasttune
+from fasttune.patching import assignment, state
 
 FP32_TOLERANCE = 2e-5
 
@@ -199,13 +200,20 @@ def test_pickles_and_copies_leave_the_context_behind(make_model):
     assert torch.allclose(q_proj(model)(x), plain, atol=1e-6)
 
 
+@pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.limits)])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_recomputes_with_the_same_assignment(make_model, use_reentrant):
-    """Backward outside the context, after another batch with another assignment."""
+def test_checkpointing_recomputes_with_the_same_assignment(
+    make_model, use_reentrant, small, monkeypatch
+):
+    """Backward outside the context, after another batch with another assignment; also where the
+    layers had stopped asking, because their inputs are small."""
 
     def run(checkpointing):
-        model = fasttune.patch(make_model(lora_dropout=0.2))
+        monkeypatch.setattr(assignment, "seen", False)
+        model = fasttune.patch(make_model(lora_dropout=0.0 if small else 0.2))
         model.set_requires_grad("default")
+        model(**inputs())
+        assert (state.of(q_proj(model), "lora").small is not None) == small
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -159,7 +159,7 @@ def test_names_that_match_nothing_are_named(make_lora_model, caplog):
 
 
 def test_a_misspelt_backend_shows_at_patch(make_lora_model, monkeypatch):
-    monkeypatch.setattr(_registry, "_environment", None)  # and put back afterwards
+    monkeypatch.setattr(_registry, "forced_by_environment", None)  # and put back afterwards
     monkeypatch.setenv("FASTTUNE_BACKEND", "bogus")
     with pytest.raises(ValueError, match="FASTTUNE_BACKEND"):
         fasttune.patch(make_lora_model())
@@ -239,3 +239,17 @@ def test_a_sharded_model_is_refused(make_lora_model, tmp_path):
         assert lora.KIND in swap.kinds_of(patched.base_model.model.model.layers[1].mlp.up_proj)
     finally:
         dist.destroy_process_group()
+
+
+def test_modules_take_their_input_by_name(make_lora_model):
+    """As their own forward does, whatever it calls its first argument."""
+    model = fasttune.patch(make_lora_model()).train()
+    block = model.base_model.model.model.layers[0]
+    x = torch.randn(2, 5, block.hidden_size)
+    for module, name in (
+        (block.input_layernorm, "hidden_states"),
+        (block.mlp, "x"),
+        (block.self_attn.q_proj, "x"),
+    ):
+        assert torch.equal(module(**{name: x}), module(x))
+    assert not fasttune.report(model)["norm"].original
