@@ -1,4 +1,5 @@
-"""A bottleneck adapter against the same module in plain torch, forward and backward."""
+"""A bottleneck adapter against the same module in plain torch, forward and backward: in eager mode,
+compiled, and against its six products alone."""
 
 from __future__ import annotations
 
@@ -67,18 +68,39 @@ def results(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y, "dx": kept.grad, **{n: p.grad for n, p in module.named_parameters()}}
 
 
+def products(module: Any, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """The six products that a step has to do, and nothing else."""
+    down, up = module.down.weight.detach(), module.up.weight.detach()
+    x = x.detach()
+
+    def step() -> None:
+        z = torch.mm(x, down.t())
+        torch.mm(z, up.t())
+        dz = torch.mm(dy, up)
+        torch.mm(dz, down)
+        torch.mm(dz.t(), x)
+        torch.mm(dy.t(), z)
+
+    return step
+
+
+def case(device: str, dtype: str, width: int, size: int, rows: int, kind: str) -> Any:
+    """Our adapter, the same in plain torch, its input and its incoming gradient."""
+    ours = adapter(width, size, DTYPES[dtype], KINDS[kind]).to(device)
+    x = torch.randn(rows, width, device=device).to(DTYPES[dtype]).requires_grad_()
+    dy = torch.randn(rows, width, device=device).to(DTYPES[dtype])
+    return ours, Eager(copy.deepcopy(ours)), x, dy
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [256, 2048])
 @pytest.mark.parametrize("size", [16, 64, 256])
-@pytest.mark.parametrize("width", [576, 4096])
+@pytest.mark.parametrize("width", [384, 576, 4096])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bottleneck_time(
     paired, device: str, dtype: str, width: int, size: int, rows: int, kind: str
 ) -> None:
-    ours = adapter(width, size, DTYPES[dtype], KINDS[kind]).to(device)
-    stock = Eager(copy.deepcopy(ours))
-    x = torch.randn(rows, width, device=device).to(DTYPES[dtype]).requires_grad_()
-    dy = torch.randn(rows, width, device=device).to(DTYPES[dtype])
+    ours, stock, x, dy = case(device, dtype, width, size, rows, kind)
 
     def check() -> tuple[dict, dict, dict]:
         truth = results(copy.deepcopy(stock).double(), x.double(), dy.double())
@@ -87,4 +109,30 @@ def test_bottleneck_time(
     paired(
         make_step(stock, x, dy), make_step(ours, x, dy), check=check, dtype=DTYPES[dtype],
         model="bottleneck", shape=[rows, width, size], variant=kind, base_dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("against", ["products", "compiled"])
+@pytest.mark.parametrize("rows", [256, 2048])
+@pytest.mark.parametrize("size", [16, 64, 256])
+@pytest.mark.parametrize("width", [384, 576, 4096])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bottleneck_limits(
+    paired, device: str, dtype: str, width: int, size: int, rows: int, against: str
+) -> None:
+    """Ours against what is left if everything but the products cost nothing, and against
+    ``torch.compile`` of the module."""
+    ours, stock, x, dy = case(device, dtype, width, size, rows, "plain")
+
+    def check() -> tuple[dict, dict, dict]:
+        truth = results(copy.deepcopy(stock).double(), x.double(), dy.double())
+        return results(stock, x, dy), results(ours, x, dy), truth
+
+    if against == "products":
+        other: Callable[[], object] = products(ours, x, dy)
+    else:
+        other = make_step(torch.compile(stock), x, dy)
+    paired(
+        other, make_step(ours, x, dy), check=check, dtype=DTYPES[dtype],
+        model="bottleneck", shape=[rows, width, size], against=against, base_dtype=dtype,
     )  # fmt: skip
