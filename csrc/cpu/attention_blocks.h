@@ -2,6 +2,8 @@
 // the scores themselves.
 #pragma once
 
+#include <cstring>
+
 #include "attention_tiles.h"
 #include "transpose.h"
 
@@ -136,6 +138,32 @@ inline void read_mask(E, const AttentionMask& mask, int64_t offset, int64_t rows
   limits.biased = any(shifted);
 }
 
+// A boolean mask, one byte an element, whose rows all are some kept keys and then none, no fewer
+// than the row before, as padding and a causal order leave them: the limits alone say that. False
+// of any other.
+inline bool read_prefixes(const AttentionMask& mask, int64_t offset, int64_t rows, int64_t columns,
+                          Limits& limits) {
+  if (mask.key_stride != 1) return false;
+  const auto* data = static_cast<const uint8_t*>(mask.data) + offset;
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint8_t* row = data + i * mask.row_stride;
+    const void* end = std::memchr(row, 0, columns);
+    const int64_t kept = end ? static_cast<const uint8_t*>(end) - row : columns;
+    if (i > 0 && kept < limits.of_row[i - 1]) return false;  // a gap for the sums over rows
+    limits.of_row[i] = static_cast<int32_t>(kept);
+    uint64_t later = 0;
+    int64_t j = kept;
+    for (; j + 8 <= columns; j += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, row + j, sizeof eight);
+      later |= eight;
+    }
+    for (; j < columns; ++j) later |= row[j];
+    if (later != 0) return false;
+  }
+  return true;
+}
+
 // The limits of the block of scores at (row, key); rows and keys count what the matrix has there.
 inline void set_limits(const AttentionInputs& inputs, int64_t batch, int64_t head, int64_t row,
                        int64_t key, float* bias, Limits& limits) {
@@ -151,14 +179,16 @@ inline void set_limits(const AttentionInputs& inputs, int64_t batch, int64_t hea
   } else {
     const int64_t offset = batch * mask.batch_stride + head * mask.head_stride +
                            row * mask.row_stride + key * mask.key_stride;
-    if (mask.kind == MaskKind::kBool)
-      read_mask(BoolElement{}, mask, offset, rows, columns, bias, limits);
-    else
+    const bool bools = mask.kind == MaskKind::kBool;
+    if (!bools)
       with_element(mask.dtype, [&](auto element) {
         read_mask(element, mask, offset, rows, columns, bias, limits);
       });
-    for (int64_t i = rows; i < kBlockRows; ++i)
-      std::fill_n(bias + i * kBlockKeys, kBlockKeys, 0.0f);
+    else if (!read_prefixes(mask, offset, rows, columns, limits))
+      read_mask(BoolElement{}, mask, offset, rows, columns, bias, limits);
+    if (limits.biased)
+      for (int64_t i = rows; i < kBlockRows; ++i)
+        std::fill_n(bias + i * kBlockKeys, kBlockKeys, 0.0f);
   }
   const int64_t whole_strips = divide_up(rows, kTileRows) * kTileRows;
   for (int64_t i = rows; i < kBlockRows; ++i)

@@ -10,10 +10,12 @@ from torch.library import opcheck
 from torch.nn.functional import scaled_dot_product_attention
 
 import fasttune
+from fasttune import _native
 from fasttune.ops import attention
 from fasttune.ops.attention import BACKWARD, FORWARD
 from fasttune.testing import numerics
 from fasttune.testing.accounting import count
+from fasttune.testing.conformance import backend as backend_of
 
 
 def tensors(batch=2, heads=4, kv_heads=2, queries=70, keys=70, width=32, dtype=torch.float32):
@@ -228,9 +230,57 @@ def test_a_causal_mask_gives_the_bits_of_causal():
     leaves = tensors(queries=200, keys=200)
     dout = torch.randn(2, 4, 200, 32)
     ours = results(lambda *t: attention(*t, mask=causal_mask(200)), leaves, dout)
-    for value, other in zip(ours, results(lambda *t: attention(*t, causal=True), leaves, dout),
-                            strict=True):  # fmt: skip
-        assert numerics.largest_error(value, other) < 1e-5
+    causal = results(lambda *t: attention(*t, causal=True), leaves, dout)
+    assert all(map(torch.equal, ours, causal))
+
+
+def kept_keys(kind, rows=200, keys=300):
+    """How many keys each row keeps, from the first on, [rows]."""
+    row = torch.arange(rows)
+    return {
+        "padding": torch.full((rows,), 137),
+        "one key": torch.ones(rows, dtype=torch.int64),
+        "causal and padding": (row + 1).clamp(max=137),
+        "later rows keep more": torch.randint(0, keys, (rows,)).sort().values,
+        "later rows keep fewer": torch.randint(0, keys, (rows,)).sort(descending=True).values,
+        "any": torch.randint(0, keys + 1, (rows,)),
+        "a gap": torch.where((row % 64 >= 20) & (row % 64 < 40), 0, keys),
+        "nothing": torch.zeros(rows, dtype=torch.int64),
+    }[kind]
+
+
+@pytest.mark.parametrize("name", [f"cpu:{isa}" for isa in _native.cpu().isa_available().split(",")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "padding", "one key", "causal and padding", "later rows keep more",
+        "later rows keep fewer", "any", "a gap", "nothing",
+    ],
+)  # fmt: skip
+def test_a_boolean_mask_gives_the_bits_of_the_additive_one(kind, dtype, name):
+    """What a mask of leading keys turns into limits, the additive one gives each score."""
+    leaves = tensors(queries=200, keys=300, dtype=dtype)
+    dout = torch.randn(2, 4, 200, 32)
+    kept = torch.arange(300) < kept_keys(kind).view(-1, 1)
+    added = torch.zeros(kept.shape).masked_fill(~kept, -torch.inf)
+    spread = torch.stack([kept, ~kept], -1)[..., 0]  # the same, its keys two bytes apart
+    with backend_of(name):
+        expected = results(lambda *t: attention(*t, mask=added), leaves, dout)
+        for mask in (kept, spread):
+            ours = results(lambda *t, mask=mask: attention(*t, mask=mask), leaves, dout)
+            if "amx" in name:  # with a bias, compilers round a score once more or less
+                for value, other in zip(ours, expected, strict=True):
+                    largest = float(other.abs().max())
+                    assert numerics.largest_error(value, other) <= 2**-8 * largest
+            else:
+                assert all(map(torch.equal, ours, expected))
+    truth = results(
+        lambda *t: scaled_dot_product_attention(*t, kept, enable_gqa=True).nan_to_num(),
+        [t.detach().double().requires_grad_() for t in leaves], dout,
+    )  # fmt: skip
+    worst = max(map(numerics.largest_error, ours[:1], truth[:1]))
+    assert worst < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.slow
