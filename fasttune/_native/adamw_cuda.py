@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fasttune._native._cuda import launch
 from fasttune._native._extension import DTYPE_CODES
-from fasttune_kernels.adamw_tables import MOMENTS, ROUNDINGS, StepArguments
+from fasttune_kernels.adamw_tables import ADDRESSES, MOMENTS, ROUNDINGS, StepArguments
 from fasttune_kernels.multi_tensor_tables import (
     address_table,
     blocks_of,
@@ -21,15 +21,18 @@ from fasttune_kernels.multi_tensor_tables import (
 _SEED_MASK = 2**64 - 1
 
 
-def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """0-d float64 on the device of the gradients, which are contiguous and of one dtype."""
+def sum_of_squares(grads: Sequence[Tensor], table: Tensor | None = None) -> Tensor:
+    """0-d float64 on the device of the gradients, which are contiguous and of one dtype; ``table``
+    is the step_table of a step with these gradients, if it is on the device already.
+    """
     device = grads[0].device
     sizes = tuple(map(Tensor.numel, grads))
     out = torch.zeros((), dtype=torch.float64, device=device)
     blocks = blocks_of(sizes, device)
     if not len(blocks):
         return out
-    table = uploaded(address_table([(), grads], sizes), device)
+    if table is None:
+        table = uploaded(address_table([(), grads], sizes), device)
     partial = torch.empty(len(blocks), device=device)
     launch(
         "grad_norm",
@@ -41,6 +44,13 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
     return out
 
 
+def step_table(arguments: StepArguments) -> Tensor:
+    """[18 n] int64 on the host: the addresses of all tensors, then their facts as bits of fp64."""
+    addresses = address_table(arguments.operands, arguments.sizes, arguments.scalars)
+    facts = arguments.facts.contiguous().view(torch.int64)
+    return torch.cat([addresses.flatten(), facts.flatten()])
+
+
 def adamw_step(arguments: StepArguments) -> Tensor:
     """Norms [n, 3] fp32; the step in place."""
     params, sizes = arguments.params, arguments.sizes
@@ -50,15 +60,14 @@ def adamw_step(arguments: StepArguments) -> Tensor:
     if not len(blocks):
         return norms
     operands, scalars = arguments.operands, arguments.scalars
-    addresses = address_table(operands, sizes, scalars).flatten()
-    # One copy to the device for both tables.
-    facts = arguments.facts.contiguous().view(torch.int64).flatten()
-    tables = uploaded(torch.cat([addresses, facts]), device)
+    table = arguments.table
+    if table is None:
+        table = uploaded(step_table(arguments), device)
     partial = torch.empty(len(blocks), 3, device=device)
     launch(
         "adamw",
         device,
-        *(tables, tables[len(addresses) :], blocks, len(blocks)),
+        *(table, table[len(ADDRESSES) * count :], blocks, len(blocks)),
         *(partial, counters(device, count), norms),
         *(arguments.squares, arguments.grad_scale, arguments.found_inf),
         *(arguments.max_grad_norm, -1.0 if arguments.maximize else 1.0),

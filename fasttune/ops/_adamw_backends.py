@@ -13,11 +13,12 @@ from fasttune._native import adamw_cuda
 from fasttune.ops import _adamw_reference, _support, _triton
 from fasttune.ops._arguments import KERNEL_DTYPES
 from fasttune_kernels.adamw_tables import StepArguments
+from fasttune_kernels.multi_tensor_tables import uploaded
 
 SUM_OF_SQUARES = _registry.define(
     "sum_of_squares",
-    "(Tensor[] grads) -> Tensor",
-    lambda grads: grads[0].new_empty((), dtype=torch.float64),
+    "(Tensor[] grads, Tensor? table=None) -> Tensor",
+    lambda grads, table=None: grads[0].new_empty((), dtype=torch.float64),
 )
 STEP = _registry.define(
     "adamw_step",
@@ -25,7 +26,7 @@ STEP = _registry.define(
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] residues, Tensor(f!)[] scales, Tensor facts, "
     "Tensor[] lrs, Tensor[] decays, Tensor[] steps, Tensor? squares, Tensor? grad_scale, "
     "Tensor? found_inf, float max_grad_norm, bool skip_nonfinite, str rounding, bool maximize, "
-    "int seed) -> Tensor",
+    "int seed, Tensor? table=None) -> Tensor",
     lambda params, *rest: params[0].new_empty((len(params), 3), dtype=torch.float32),
 )
 
@@ -60,8 +61,13 @@ def _on_triton(*args: Any) -> str | None:
     return _triton.why_not(args[0][:1]) or _why_not(args)
 
 
-def _squares_on_cuda(grads: Sequence[Tensor]) -> str | None:
-    return _support.why_not_cuda(grads[:1])
+def _on_cuda(tensors: Sequence[Tensor]) -> str | None:
+    return _support.why_not_cuda(tensors[:1])
+
+
+def _by_first(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
+    """For the ops whose first list decides."""
+    return lambda tensors, *rest: why_not(tensors)
 
 
 def _step_on_cuda(*args: Any) -> str | None:
@@ -78,24 +84,24 @@ def _step_on_cuda(*args: Any) -> str | None:
 
 
 @SUM_OF_SQUARES.backend("reference", lambda *args: None)
-def _squares_reference(grads: Sequence[Tensor]) -> Tensor:
+def _squares_reference(grads: Sequence[Tensor], *rest: Any) -> Tensor:
     return _adamw_reference.sum_of_squares(grads)
 
 
-@SUM_OF_SQUARES.backend("cpu", _on_cpu)
-def _squares_cpu(grads: Sequence[Tensor]) -> Tensor:
+@SUM_OF_SQUARES.backend("cpu", _by_first(_on_cpu))
+def _squares_cpu(grads: Sequence[Tensor], *rest: Any) -> Tensor:
     return _native.sums_of_squares(grads).sum()
 
 
-@SUM_OF_SQUARES.backend("triton", _on_triton)
-def _squares_triton(grads: Sequence[Tensor]) -> Tensor:
-    squares: Tensor = _triton.kernels("adamw").sum_of_squares(grads)
+@SUM_OF_SQUARES.backend("triton", _by_first(_on_triton))
+def _squares_triton(*args: Any) -> Tensor:
+    squares: Tensor = _triton.kernels("adamw").sum_of_squares(*args)
     return squares
 
 
-@SUM_OF_SQUARES.backend("cuda", _squares_on_cuda)
-def _squares_cuda(grads: Sequence[Tensor]) -> Tensor:
-    return adamw_cuda.sum_of_squares(grads)
+@SUM_OF_SQUARES.backend("cuda", _by_first(_on_cuda))
+def _squares_cuda(*args: Any) -> Tensor:
+    return adamw_cuda.sum_of_squares(*args)
 
 
 @STEP.backend("reference", lambda *args: None)
@@ -140,8 +146,16 @@ def _step_cuda(*args: Any) -> Tensor:
     return adamw_cuda.adamw_step(StepArguments(*args))
 
 
-def _by_params(why_not: Callable[..., str | None]) -> Callable[..., str | None]:
-    return lambda params, *rest: why_not(params)
+def with_table(arguments: StepArguments) -> StepArguments:
+    """The arguments with their table on the device, by one copy, where one backend makes the sum of
+    squares and the step.
+    """
+    name = STEP.select(*arguments).name
+    if name != SUM_OF_SQUARES.select(arguments.grads).name or name not in ("triton", "cuda"):
+        return arguments
+    tier = _triton.kernels("adamw") if name == "triton" else adamw_cuda
+    table = uploaded(tier.step_table(arguments), arguments.params[0].device)
+    return arguments._replace(table=table)
 
 
 @LIMIT_NORMS.backend("reference", lambda *args: None)
@@ -149,16 +163,16 @@ def _limit_reference(*args: Any) -> None:
     _adamw_reference.limit_norms(*args)
 
 
-@LIMIT_NORMS.backend("cpu", _by_params(_on_cpu))
+@LIMIT_NORMS.backend("cpu", _by_first(_on_cpu))
 def _limit_cpu(*args: Any) -> None:
     _native.limit_norms(*args)
 
 
-@LIMIT_NORMS.backend("triton", _by_params(_on_triton))
+@LIMIT_NORMS.backend("triton", _by_first(_on_triton))
 def _limit_triton(*args: Any) -> None:
     _triton.kernels("adamw_limit").limit_norms(*args)
 
 
-@LIMIT_NORMS.backend("cuda", _by_params(_squares_on_cuda))
+@LIMIT_NORMS.backend("cuda", _by_first(_on_cuda))
 def _limit_cuda(*args: Any) -> None:
     adamw_cuda.limit_norms(*args)

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from fasttune import _registry
 from fasttune._registry import Op
+from fasttune.ops import _adamw_backends
 from fasttune.ops._adamw_backends import LIMIT_NORMS, STEP, SUM_OF_SQUARES
 from fasttune_kernels.adamw_tables import FACTS, QUANTISED, ROUNDINGS, StepArguments
 
@@ -176,9 +177,20 @@ def limit_norms(
         apply_limit_norms(own, beside, norms, limits, rounding)
 
 
-def apply_sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """:func:`sum_of_squares` without validation; contiguous, of one device and dtype."""
-    squares: Tensor = _implementation(SUM_OF_SQUARES, tensors)(tensors)
+def with_table(arguments: StepArguments) -> StepArguments:
+    """What the kernels of :func:`apply_sum_of_squares` and :func:`apply_adamw_step` both read, in
+    one copy to the device; the arguments as they are where nothing is copied, or each copies.
+    """
+    if _registry.must_dispatch(arguments.params[:1]):
+        return arguments
+    return _adamw_backends.with_table(arguments)
+
+
+def apply_sum_of_squares(tensors: list[Tensor], table: Tensor | None = None) -> Tensor:
+    """:func:`sum_of_squares` without validation; contiguous, of one device and dtype. ``table``:
+    that of a step whose gradients they are.
+    """
+    squares: Tensor = _implementation(SUM_OF_SQUARES, tensors)(tensors, table)
     return squares
 
 

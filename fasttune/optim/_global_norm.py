@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,19 @@ from fasttune.ops.adamw import apply_sum_of_squares
 from fasttune.optim._buckets import Plan
 
 
-def sum_of_squares(
+@dataclass
+class _Part:
+    """Gradients of one device and dtype that the same ranks hold; ``bucket`` is the index of the
+    one bucket whose gradients they are, or None."""
+
+    tensors: list[Tensor]
+    bucket: int | None
+
+
+def parts_of(
     plan: Plan, grads: Sequence[Tensor | None], flat_grads: Sequence[list[Tensor]]
-) -> dict[Any, Tensor]:
-    """By device: 0-d float64 over the gradients of the whole model.
+) -> dict[Any, _Part]:
+    """The gradients of the whole model, as :func:`sum_of_squares` takes them.
 
     Args:
         plan: its buckets.
@@ -27,17 +37,31 @@ def sum_of_squares(
     Raises:
         ValueError: a DTensor holds partial sums.
     """
-    parts: dict[Any, list[Tensor]] = {}
-    for bucket, own in zip(plan.buckets, flat_grads, strict=True):
+    parts: dict[Any, _Part] = {}
+    for index, (bucket, own) in enumerate(zip(plan.buckets, flat_grads, strict=True)):
         kind = (bucket.format.device, bucket.format.grad)
         if bucket.plain:
-            parts.setdefault((kind, None, ()), []).extend(own)
+            part = parts.setdefault((kind, None, ()), _Part([], index))
+            part.bucket = index if not part.tensors else None
+            part.tensors.extend(own)
             continue
         for position, mine in zip(bucket.positions, own, strict=True):
-            parts.setdefault((kind, *_shards(grads[position])), []).append(mine)
+            part = parts.setdefault((kind, *_shards(grads[position])), _Part([], None))
+            part.bucket = None
+            part.tensors.append(mine)
+    return parts
+
+
+def sum_of_squares(
+    parts: dict[Any, _Part], tables: Sequence[Tensor | None] = ()
+) -> dict[Any, Tensor]:
+    """By device: 0-d float64 over all gradients; ``tables`` are those of the steps of the buckets,
+    where they are on the device already.
+    """
     totals: dict[Any, Tensor] = {}
-    for ((device, _), mesh, dims), tensors in parts.items():
-        squares = apply_sum_of_squares(tensors)
+    for ((device, _), mesh, dims), part in parts.items():
+        table = tables[part.bucket] if tables and part.bucket is not None else None
+        squares = apply_sum_of_squares(part.tensors, table)
         for dim in dims:
             torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
         totals[device] = squares if device not in totals else totals[device] + squares

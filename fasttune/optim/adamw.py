@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from fasttune.ops.adamw import apply_adamw_step
+from fasttune.ops.adamw import apply_adamw_step, with_table
 from fasttune.optim import _facts, _state_dict
 from fasttune.optim import _options as options
 from fasttune.optim._buckets import Bucket, Plan
-from fasttune.optim._global_norm import sum_of_squares
+from fasttune.optim._global_norm import parts_of, sum_of_squares
 from fasttune.optim._norms import limit_norms, reduced
 from fasttune_kernels.adamw_tables import StepArguments
 
@@ -176,35 +176,46 @@ class AdamW(Optimizer):
     def _run(self, plan: Plan, grads: list[Tensor | None]) -> None:
         flats = [bucket.gradients(grads) for bucket in plan.buckets]
         limit, skips = self._one_value("max_grad_norm"), self._one_value("skip_nonfinite")
-        squares: dict[Any, Tensor] = {}
-        if limit is not None or skips:
-            squares = sum_of_squares(plan, grads, flats)
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._note_norm(squares, scale)
-        if self._skipped_on_host(plan, squares, found):
-            self._norms = ()
-            return
+        wanted = limit is not None or bool(skips)
+        parts = parts_of(plan, grads, flats) if wanted else {}  # may raise: nothing has changed yet
+        squares: dict[Any, Tensor] = {}
+        if self._reads_on_host(plan):
+            squares = sum_of_squares(parts)
+            self._note_norm(squares, scale)
+            if self._skipped_on_host(squares, found):
+                self._norms = ()
+                return
         self._advance(plan, found is not None or bool(skips))
         table = _facts.of_groups(self.param_groups)
-        self._norms = tuple(
-            (bucket, self._run_bucket(bucket, own, table, squares, scale, found))
+        steps = [
+            self._arguments(bucket, own, table, scale, found)
             for bucket, own in zip(plan.buckets, flats, strict=True)
+        ]
+        if not self._reads_on_host(plan):
+            if wanted:  # two kernels read a table: one copy for both
+                steps = [with_table(arguments) for arguments in steps]
+            squares = sum_of_squares(parts, [arguments.table for arguments in steps])
+            self._note_norm(squares, scale)
+        self._norms = tuple(
+            (bucket, self._run_bucket(bucket, arguments, squares))
+            for bucket, arguments in zip(plan.buckets, steps, strict=True)
         )
         self._step_back_where_skipped(plan, squares, found)
 
-    def _run_bucket(
+    def _arguments(
         self,
         bucket: Bucket,
         grads: list[Tensor],
         table: Tensor,
-        squares: dict[Any, Tensor],
         scale: Tensor | None,
         found: Tensor | None,
-    ) -> Tensor:
+    ) -> StepArguments:
+        """All but the sum of squares."""
         form = bucket.format
         lrs, decays, steps = _facts.on_device(bucket, self.param_groups)
         limit = self._one_value("max_grad_norm")
-        arguments = StepArguments(
+        return StepArguments(
             params=bucket.local(bucket.params),
             grads=grads,
             exp_avgs=bucket.list_of("exp_avg"),
@@ -216,7 +227,6 @@ class AdamW(Optimizer):
             lrs=lrs,
             decays=decays,
             steps=steps,
-            squares=squares.get(form.device),
             grad_scale=_on(form.device, scale),
             found_inf=_on(form.device, found),
             max_grad_norm=math.inf if limit is None else float(limit),
@@ -225,7 +235,12 @@ class AdamW(Optimizer):
             maximize=form.maximize,
             seed=int(self._one_value("seed")),
         )
-        norms = apply_adamw_step(arguments)
+
+    def _run_bucket(
+        self, bucket: Bucket, arguments: StepArguments, squares: dict[Any, Tensor]
+    ) -> Tensor:
+        total = squares.get(bucket.format.device)
+        norms = apply_adamw_step(arguments._replace(squares=total))
         limit_norms(bucket, norms, [group["max_norm"] for group in self.param_groups])
         return norms
 
@@ -269,12 +284,13 @@ class AdamW(Optimizer):
         for step in plan.unique_steps():
             step.add_(1)
 
-    def _skipped_on_host(
-        self, plan: Plan, squares: dict[Any, Tensor], found: Tensor | None
-    ) -> bool:
-        """True if the step is skipped and everything is on the CPU, where reading is free."""
-        if any(bucket.format.device.type != "cpu" for bucket in plan.buckets):
-            return False
+    def _reads_on_host(self, plan: Plan) -> bool:
+        """True if everything is on the CPU, where reading is free and a skipped step is left out;
+        elsewhere the device decides, after the host has counted the step.
+        """
+        return all(bucket.format.device.type == "cpu" for bucket in plan.buckets)
+
+    def _skipped_on_host(self, squares: dict[Any, Tensor], found: Tensor | None) -> bool:
         if found is not None and float(found) != 0:
             return True
         if not self._one_value("skip_nonfinite"):

@@ -79,12 +79,13 @@ def _towards(moment, term, weight):
 # Floor: the gradients are read once, 4 bytes an fp32 element.
 @triton.jit(do_not_specialize=["blocks"])
 def _sum_of_squares_kernel(
-    table_ptr,  # [n, 11] int64: addresses
+    table_ptr,  # [n, COLUMNS] int64: addresses come first
     blocks_ptr,  # [blocks, 3] int32
     partial_ptr,  # [blocks] fp32
     counter_ptr,
     out_ptr,  # 0-d fp64
     blocks,
+    COLUMNS: tl.constexpr,
     ELEMENT: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -94,7 +95,7 @@ def _sum_of_squares_kernel(
     program = tl.program_id(0)
     tensor = tl.load(blocks_ptr + program * 3).to(tl.int64)
     first = tl.load(blocks_ptr + program * 3 + 1).to(tl.int64) * BLOCK
-    row = table_ptr + tensor * _ADDRESS_COLUMNS
+    row = table_ptr + tensor * COLUMNS
     pointer = pointer_to(tl.load(row + 1), ELEMENT, ALIGNED)
     numel = tl.load(row + 7)
     acc = tl.zeros((STEP,), dtype=tl.float32)
@@ -109,15 +110,18 @@ def _sum_of_squares_kernel(
         tl.store(out_ptr, sum_of_column(partial_ptr, blocks, 1, SUM_BLOCK))
 
 
-def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
-    """0-d float64 on the device of the gradients, which are contiguous and of one dtype."""
+def sum_of_squares(grads: Sequence[Tensor], table: Tensor | None = None) -> Tensor:
+    """0-d float64 on the device of the gradients, which are contiguous and of one dtype; ``table``
+    is the step_table of a step with these gradients, if it is on the device already.
+    """
     device = grads[0].device
     sizes = tuple(grad.numel() for grad in grads)
     blocks = blocks_of(sizes, device)
     if not len(blocks):
         return torch.zeros((), dtype=torch.float64, device=device)
     out = torch.empty((), dtype=torch.float64, device=device)
-    table = uploaded(address_table([(), grads], sizes), device)
+    if table is None:
+        table = uploaded(address_table([(), grads], sizes), device)
     partial = torch.empty(len(blocks), dtype=torch.float32, device=device)
     with launch_device(grads[0]):
         launch(
@@ -129,6 +133,7 @@ def sum_of_squares(grads: Sequence[Tensor]) -> Tensor:
             counters(device, 1),
             out,
             len(blocks),
+            COLUMNS=table.shape[1],
             ELEMENT=ELEMENT[grads[0].dtype],
             ALIGNED=aligned(grads),
             BLOCK=BLOCK,
@@ -363,6 +368,14 @@ def _adamw_step_kernel(
             tl.store(norms_ptr + tensor * 3 + column, norm + missing)
 
 
+def step_table(arguments: StepArguments) -> Tensor:
+    """[n, 19] int64 on the host: addresses, facts as bits of fp64, the seed."""
+    addresses = address_table(arguments.operands, arguments.sizes, arguments.scalars)
+    facts = arguments.facts.contiguous().view(torch.int64)
+    seeds = addresses.new_full((len(addresses), 1), arguments.seed)
+    return torch.cat([addresses, facts, seeds], dim=1)
+
+
 def adamw_step(arguments: StepArguments) -> Tensor:
     """Norms [n, 3] fp32; the step in place."""
     params, grads, exp_avgs = arguments.params, arguments.grads, arguments.exp_avgs
@@ -373,9 +386,9 @@ def adamw_step(arguments: StepArguments) -> Tensor:
     blocks = blocks_of(sizes, device)
     if not len(blocks):
         return norms
-    addresses = address_table(arguments.operands, sizes, arguments.scalars)
-    facts = arguments.facts.contiguous().view(torch.int64)
-    table = torch.cat([addresses, facts, addresses.new_full((count, 1), arguments.seed)], dim=1)
+    table = arguments.table
+    if table is None:
+        table = uploaded(step_table(arguments), device)
     partial = torch.empty(len(blocks), 3, dtype=torch.float32, device=device)
     residue = residues[0].dtype if residues else torch.int16
     vectors = [t for tensors in arguments.operands[:6] for t in tensors]
@@ -383,7 +396,7 @@ def adamw_step(arguments: StepArguments) -> Tensor:
         launch(
             _adamw_step_kernel,
             (len(blocks),),
-            uploaded(table, device),
+            table,
             blocks,
             partial,
             counters(device, count),

@@ -77,6 +77,7 @@ class StepArguments(NamedTuple):
     rounding: str = "nearest"
     maximize: bool = False
     seed: int = 0
+    table: Tensor | None = None  # step_table of a tier, if it is on the device already
 
     @property
     def operands(self) -> tuple[Sequence[Tensor], ...]:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fasttune import BackendError, _native
 from fasttune.ops import _adamw_storage as storage
-from fasttune.ops.adamw import adamw_step, limit_norms, sum_of_squares
+from fasttune.ops.adamw import (
+    adamw_step,
+    apply_adamw_step,
+    apply_sum_of_squares,
+    limit_norms,
+    sum_of_squares,
+    with_table,
+)
 from fasttune.testing import cuda_on_host
 from fasttune.testing.conformance import backend
 from fasttune_kernels import adamw_tables as tables
@@ -539,8 +546,33 @@ def test_wrong_limits_are_named(changes: dict[str, Any], message: str) -> None:
 def test_the_arguments_of_a_step_are_those_of_the_schema() -> None:
     schema = torch.ops.fasttune.adamw_step.default._schema
     assert tuple(a.name for a in schema.arguments) == tables.StepArguments._fields
-    function = list(inspect.signature(adamw_step).parameters)
+    function = [*inspect.signature(adamw_step).parameters, "table"]  # which it makes itself
     assert sorted(function) == sorted(tables.StepArguments._fields)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("format", [(FP32, "fp32", "nearest"), (BF16, "8bit", "master")], ids=ids)
+def test_one_table_serves_both_kernels(name: str, format: Any) -> None:
+    results = []
+    for shared in (False, True):
+        run = Run(*format)
+        run.time = 1
+        grads = [run.random(shape, 0.1) for shape in run.shapes]
+        arguments = tables.StepArguments(
+            run.params, grads, run.m, run.v, run.top, run.residues, run.scales, run.facts(),
+            max_grad_norm=1.0, rounding=run.rounding, seed=7,
+        )  # fmt: skip
+        with backend(name):
+            if shared:
+                arguments = with_table(arguments)
+                assert (arguments.table is not None) == (name in ("triton", "cuda"))
+            squares = apply_sum_of_squares(grads, arguments.table)
+            norms = apply_adamw_step(arguments._replace(squares=squares))
+        results.append([squares, norms, *run.params, *run.m, *run.v, *run.residues, *run.scales])
+    assert all(map(torch.equal, *results))
+    assert float(results[0][0]) == pytest.approx(
+        sum(float(g.double().square().sum()) for g in grads)
+    )
 
 
 def test_torch_sees_the_op() -> None:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasttune._native import adamw_cuda
+from fasttune.ops import _adamw_backends
 from fasttune.optim import AdamW
+from fasttune.testing import cuda_on_host
+from fasttune.testing.conformance import backend
+from fasttune_kernels import adamw as adamw_triton
+from fasttune_kernels import multi_tensor_tables
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -493,3 +499,61 @@ def test_parameters_that_step_together_share_their_step(two_steps: tuple[nn.Modu
     assert len({id(optimizer.state[p]["step"]) for p in model.parameters()}) == 1
     saved = optimizer.state_dict()["state"]
     assert all(float(own["step"]) == 2 for own in saved.values())
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "triton",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                cuda_on_host.compiler_missing() is not None, reason="the emulator needs g++"
+            ),
+        ),
+    ],
+)
+def test_a_step_that_a_device_decides_copies_one_table(
+    name: str, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of a step on a GPU: counted, copied, summed up, taken."""
+    copied = []
+
+    def uploaded(*args: Any) -> Tensor:
+        copied.append(args)
+        return multi_tensor_tables.uploaded(*args)
+
+    for module in (_adamw_backends, adamw_cuda, adamw_triton):
+        monkeypatch.setattr(module, "uploaded", uploaded)
+    results = []
+    for on_host in (True, False):
+        if not on_host:
+            monkeypatch.setattr(AdamW, "_reads_on_host", lambda self, plan: False)
+            copied.clear()
+        model = network()
+        optimizer = AdamW(model.parameters(), max_grad_norm=limit)
+        with backend(name):
+            train(model, optimizer, range(3))
+        results.append(tensors(model, optimizer))
+    assert len(copied) == 3
+    assert same(*results)
+    assert (optimizer.grad_norm is None) == (limit is None)
+
+
+def test_partial_sums_are_refused_before_anything_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(AdamW, "_reads_on_host", lambda self, plan: False)
+    model = network()
+    optimizer = AdamW(model.parameters(), max_grad_norm=1.0)
+    train(model, optimizer, range(1))
+    before = [tensor.clone() for tensor in tensors(model, optimizer)]
+
+    def refused(*args: Any) -> Any:
+        raise ValueError("grad: expected sharded or replicated")
+
+    monkeypatch.setattr("fasttune.optim.adamw.parts_of", refused)
+    with pytest.raises(ValueError, match="sharded or replicated"):
+        train(model, optimizer, range(1, 2))
+    assert same(before, tensors(model, optimizer))
