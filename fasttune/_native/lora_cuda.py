@@ -1,6 +1,8 @@
 """The products of LoRA branches on tensor cores, in CUDA C++.
 
-x, dy, A and B have one 16-bit dtype, t and d are fp32. Numbers of features and ranks are multiples
+x and dy have one 16-bit dtype, t and d are fp32. A and B have that dtype too or, beside bf16, are
+fp32: then they go in as three terms of bf16, which is exact, with ranks of their own (24 bits are
+three times eight; fp16 has too few exponents for it). Numbers of features and ranks are multiples
 of 8, so that rows start at multiples of 16 bytes; an input whose rows do not is copied.
 """
 
@@ -17,6 +19,8 @@ from fasttune._native._extension import DTYPE_CODES
 
 MULTIPLE = 8  # elements of 16 bits in the widest access
 MAX_RANK = 64
+MAX_RANK_FP32 = 16  # of which a term each makes 48
+_TERMS = 3
 _GROUP_BRANCHES, _GROUP_RANKS = 3, 64  # kGroupBranches and kGroupRanks of csrc/cuda/lora.cuh
 _RANK_BUCKETS = (16, 32, 64)
 
@@ -48,7 +52,7 @@ def lora_down(
 ) -> Tensor:
     """t [M, R] fp32 = scale (x * keep) a^T."""
     draw: Draw = {"seed": seed, "threshold": threshold, "branch": branch}
-    return _down(x, [a], [scale], [scale_tensor], [draw])[0]
+    return _down_one(x, a, scale, scale_tensor, draw)
 
 
 def lora_down_group(
@@ -59,7 +63,7 @@ def lora_down_group(
     draws: Sequence[Draw],
 ) -> list[Tensor] | None:
     """t_j of every branch in one pass over x, or None where they do not fit one kernel."""
-    if not _fits([factor.shape[0] for factor in a]):
+    if not _fits(a, x.dtype):
         return None
     return _down(x, a, scales, scale_tensors, draws)
 
@@ -71,8 +75,10 @@ def lora_up(
     *,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """y [M, N] = bias + t b^T, in b's dtype, which is ``out_dtype``."""
+    """y [M, N] = bias + t b^T, in ``out_dtype``, of 16 bits."""
     y = t.new_empty((t.shape[0], b.shape[0]), dtype=out_dtype)
+    if b.dtype != out_dtype:
+        t, b = torch.cat([t] * _TERMS, dim=1), torch.cat(_terms(b), dim=1)
     launch(
         "lora_up",
         t.device,
@@ -106,7 +112,7 @@ def lora_up_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """d [M, R] fp32 = scale dy b, db [N, R] in b's dtype = dy^T t; None where not needed."""
     none: Draw = {"seed": None, "threshold": 0, "branch": 0}
-    d = _down(dy, [b], [scale], [scale_tensor], [none], transposed=True)[0] if need_d else None
+    d = _down_one(dy, b, scale, scale_tensor, none, transposed=True) if need_d else None
     db = None
     if need_db:
         assert t is not None
@@ -141,8 +147,12 @@ def lora_down_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx0 [M, K] = keep * (d a), da [R, K] in a's dtype = d^T (x * keep); None where not needed."""
     draw: Draw = {"seed": seed, "threshold": threshold, "branch": branch}
-    dx = _input_gradient([d], [a], [draw], dx_dtype) if need_dx else None
-    da = None
+    dx = da = None
+    if need_dx and a.dtype == dx_dtype:
+        dx = _input_gradient([d], [a], [draw], dx_dtype)
+    elif need_dx:
+        ds, factor = torch.cat([d] * _TERMS, dim=1), torch.cat(_terms(a))
+        dx = _input_gradient([ds], [factor], [draw], dx_dtype)
     if need_da:
         assert x is not None
         da = _weight_gradients(x, [d], [draw])[0].to(a.dtype)
@@ -160,7 +170,7 @@ def lora_down_backward_group(
     need_da: bool,
 ) -> tuple[Tensor | None, list[Tensor] | None] | None:
     """dx0 = sum_j keep_j * (d_j a_j) and every da_j, a pass each; None where they do not fit."""
-    if not _fits([factor.shape[0] for factor in a]):
+    if not _fits(a, dx_dtype):
         return None
     dx = _input_gradient(ds, a, draws, dx_dtype) if need_dx else None
     if not need_da:
@@ -170,9 +180,39 @@ def lora_down_backward_group(
     return dx, [grad.to(factor.dtype) for grad, factor in zip(grads, a, strict=True)]
 
 
-def _fits(ranks: Sequence[int]) -> bool:
+def _fits(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:  # [R, K] each
+    if any(factor.dtype != dtype for factor in factors):
+        return False
+    ranks = [factor.shape[0] for factor in factors]
     width = next(bucket for bucket in _RANK_BUCKETS if max(ranks) <= bucket)
     return len(ranks) <= _GROUP_BRANCHES and len(ranks) * width <= _GROUP_RANKS
+
+
+def _terms(factor: Tensor) -> list[Tensor]:
+    """Matrices of bf16 that add up to the fp32 factor."""
+    terms, rest = [], factor.detach().contiguous()
+    for _ in range(_TERMS):
+        upper = (rest.view(torch.int32) & -65536).view(torch.float32)  # cut off, not rounded
+        terms.append(upper.to(torch.bfloat16))
+        rest = (rest - upper).nan_to_num_(nan=0.0)  # what is not finite stays in the first term
+    return terms
+
+
+def _down_one(
+    x: Tensor,
+    factor: Tensor,
+    scale: float,
+    scale_tensor: Tensor | None,
+    draw: Draw,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    operands = ([scale], [scale_tensor], [draw])
+    if factor.dtype == x.dtype:
+        return _down(x, [factor], *operands, transposed=transposed)[0]
+    together = torch.cat(_terms(factor), dim=1 if transposed else 0)
+    t = _down(x, [together], *operands, transposed=transposed)[0]
+    return t.view(t.shape[0], _TERMS, factor.shape[1 if transposed else 0]).sum(1)
 
 
 def _down(

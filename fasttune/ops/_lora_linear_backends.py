@@ -96,7 +96,7 @@ def _forward_on_cuda(
     *_, counts, _, dtype, bases, _ = rest
     if any(base is not None for base in bases):
         return "it takes layers with a weight, got the output of a base"
-    return _why_not_cuda((x, *a, *b), a, b, counts, dtype)
+    return _why_not_cuda((x,), a, b, counts, dtype)
 
 
 def _backward_on_cuda(
@@ -107,7 +107,7 @@ def _backward_on_cuda(
     if missing is not None:
         return missing
     *_, counts, _, dtype, _, _ = rest
-    return _why_not_cuda((x, *dys, *a, *b), a, b, counts, dtype)
+    return _why_not_cuda((x, *dys), a, b, counts, dtype)
 
 
 def _why_not_cuda(
@@ -121,14 +121,19 @@ def _why_not_cuda(
     given = [tensor for tensor in operands if tensor is not None]
     others = [t.dtype for t in given if t.dtype != dtype or dtype == torch.float32]
     if others:
-        return f"it takes x, A and B all in bf16 or all in fp16, got {others[0]}"
+        return f"it takes x in bf16 or fp16, as it is computed, got {others[0]}"
     if max(counts, default=0) > 1:
         return f"it takes one adapter a layer, got {max(counts)}"
-    for factor in a:
-        if factor.shape[0] % lora_cuda.MULTIPLE or factor.shape[0] > lora_cuda.MAX_RANK:
+    for factor in (*a, *b):
+        if factor.dtype != dtype and (factor.dtype, dtype) != (torch.float32, torch.bfloat16):
+            return f"it takes A and B as x or, beside bf16, in fp32, got {factor.dtype}"
+    for down, up in zip(a, b, strict=True):
+        wide = torch.float32 in (down.dtype, up.dtype)
+        most = lora_cuda.MAX_RANK_FP32 if wide else lora_cuda.MAX_RANK
+        if down.shape[0] % lora_cuda.MULTIPLE or down.shape[0] > most:
             return (
-                f"it takes ranks that are multiples of {lora_cuda.MULTIPLE} up to "
-                f"{lora_cuda.MAX_RANK}, got {factor.shape[0]}"
+                f"it takes ranks that are multiples of {lora_cuda.MULTIPLE} up to {most}"
+                f"{' in fp32' if wide else ''}, got {down.shape[0]}"
             )
     for width in (*(factor.shape[1] for factor in a), *(factor.shape[0] for factor in b)):
         if width % lora_cuda.MULTIPLE:

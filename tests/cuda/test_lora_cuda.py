@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native import lora_cuda
-from fasttune.ops import LoraBranch, LoraProjection, _dropout, lora_linear_group
+from fasttune.ops import LoraBranch, LoraProjection, _dropout, lora_linear, lora_linear_group
 from fasttune.testing import cuda_on_host, numerics
 from fasttune.testing.conformance import backend
 
@@ -393,6 +394,38 @@ def test_the_backend_takes_groups(
     widest = len(ranks) if ranks != (24, 24, 24) else 1
     for name in ("lora_down", "lora_input_gradient", "lora_weight_gradient"):
         assert max(size for own, size in launched if own == name) == widest, name
+
+
+def test_the_terms_of_a_factor_add_up_to_it() -> None:
+    numbers = normal(1000, dtype=F32)
+    factor = torch.cat([numbers, numbers * 1e-20, torch.tensor([0.0, 1 / 3, 3.4e38])])
+    terms = lora_cuda._terms(factor)
+    assert [term.dtype for term in terms] == [BF16] * 3
+    total = torch.stack([term.double() for term in terms]).sum(0)
+    assert torch.equal(total, factor.double())
+    odd = torch.tensor([math.inf, -math.inf, math.nan, -0.0])
+    total = torch.stack([term.float() for term in lora_cuda._terms(odd)]).sum(0)
+    plain = total.nan_to_num(nan=7.0, posinf=8.0, neginf=9.0)
+    assert torch.equal(plain, torch.tensor([8.0, 9.0, 7.0, 0.0]))
+
+
+@pytest.mark.parametrize("wide", ["a", "b"])
+def test_one_factor_may_be_in_fp32(wide: str) -> None:
+    """No operand is rounded: what bf16 would lose of the factor is in the result."""
+    x, weight = normal(70, 64, dtype=BF16), torch.zeros(48, 64, dtype=BF16)
+    dtypes = {"a": BF16, "b": BF16, wide: F32}
+    a = (normal(16, 64, dtype=dtypes["a"]) / 8).requires_grad_()
+    b = (normal(48, 16, dtype=dtypes["b"], seed=1) / 4).requires_grad_()
+    grads = []
+    for name in ("cuda", "reference"):
+        with backend(name):
+            y = lora_linear(x, weight, a, b, scaling=1.5)
+            grads.append(torch.autograd.grad(y, (a, b), normal(70, 48, dtype=BF16, seed=2)))
+    for ours, theirs, factor in zip(*grads, (a, b), strict=True):
+        assert ours.dtype == factor.dtype
+        # Sums of up to 70 products in another order; rounded to bf16, a factor would lose 2^-9.
+        allowed = 8 * torch.finfo(factor.dtype).eps * float(theirs.double().abs().max())
+        assert numerics.largest_error(ours, theirs) <= allowed
 
 
 def test_memory_outside_the_tensors_is_an_error(kernels: cuda_on_host.Kernels) -> None:

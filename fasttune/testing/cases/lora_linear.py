@@ -127,7 +127,7 @@ _MIXED = Setting(x=BF16, weight=BF16, adapter=FP32)
 _BF16 = Setting(x=BF16, weight=BF16, adapter=BF16)
 _FP16 = Setting(x=FP16, weight=FP16, adapter=FP16)
 
-# The CUDA C++ kernels take everything in one 16-bit dtype, and multiples of 8.
+# Beside what they take of the rest, see CUDA_TOO.
 OF_CUDA: dict[str, Setting] = {
     "bf16": _BF16,
     "fp16": _FP16,
@@ -143,7 +143,18 @@ OF_CUDA: dict[str, Setting] = {
     "bf16-strided": replace(_BF16, strided=True, dropout=0.1),
     "bf16-in-splits": replace(_BF16, lead=(70,), features=1088, ranks=(64,)),
     "fp16-many-rows": replace(_FP16, lead=(600,), outputs=72, ranks=(16,), dropout=0.05),
+    "fp32-adapter-dropout": replace(_MIXED, dropout=0.1, ranks=(16,)),
+    "fp32-adapter-in-splits": replace(_MIXED, lead=(70,), features=1088, ranks=(16,), dropout=0.1),
 }
+
+# The CUDA C++ kernels take x of 16 bits, factors of its dtype or, beside bf16, up to rank 16 in
+# fp32, and multiples of 8.
+CUDA_TOO = {
+    "bf16-base-fp32-adapter", "autocast-bf16-bf16-base-fp32-adapter", "dropout", "biases",
+    "scaling-tensor", "conv1d-bf16", "frozen-a", "frozen-b", "input-without-gradient",
+    "trained-base", "vera", "scales-bf16", "rank-scale", "one-dimensional", "one-row", "empty",
+    "strided", "many-rows",
+}  # fmt: skip
 
 SETTINGS: dict[str, Setting] = {
     # The precision table of docs/precision.md, one row each.
@@ -206,7 +217,7 @@ CASES = [
         f"lora_linear-{name}",
         "lora_linear",
         partial(_build, setting),
-        backends=WITH_CUDA if name in OF_CUDA else WITHOUT_CUDA,
+        backends=WITH_CUDA if name in OF_CUDA or name in CUDA_TOO else WITHOUT_CUDA,
     )
     for name, setting in SETTINGS.items()
 ]
