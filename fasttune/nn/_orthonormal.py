@@ -14,7 +14,8 @@ integers: there, one step of weight decay makes 0 of 1. Here only the sign count
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class _Cache:
         self.alias: Tensor | None = None  # of the parameter's memory
         self.version: int | None = None
         self.copy: Tensor | None = None  # of the parameter, on the CPU
+        self.factors: Factors | None = None
         self.value: Tensor | None = None  # [R, H]
         self.differentiable: Tensor | None = None  # the same, with its place in autograd's graph
 
@@ -105,7 +107,8 @@ class Orthonormal(nn.Module):
         if not (version is not None and cache.holds(original, version)):
             with torch.inference_mode(False), torch.no_grad():
                 detached = original.detach().clone()
-                cache.value, cache.differentiable = orthonormal_rows(detached), None
+                cache.factors = factors_of(detached)
+                cache.value, cache.differentiable = rows_from(cache.factors), None
                 cache.copy = detached if original.device.type == "cpu" else None
             cache.alias, cache.version = original.detach(), version
             self.orthogonalisations += 1
@@ -134,6 +137,7 @@ class _Orthogonalised(torch.autograd.Function):
     def forward(ctx: Any, original: Tensor, cache: _Cache) -> Tensor:
         assert cache.value is not None
         ctx.cache, ctx.version, ctx.original = cache, _version(original), original.detach()
+        ctx.factors = cache.factors
         return cache.value.view_as(cache.value)
 
     @staticmethod
@@ -145,56 +149,73 @@ class _Orthogonalised(torch.autograd.Function):
             )
         if ctx.original.device.type != "cpu":
             ctx.cache.alias = None
-        return orthonormal_backward(ctx.original, drows), None
+        return orthonormal_backward(ctx.factors, drows).to(ctx.original.dtype), None
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+class Factors(NamedTuple):
+    """What the map and its gradient are made of, in fp32 or wider."""
+
+    reflectors: Tensor  # V [H, R]
+    system: Tensor  # S [R, R]
+    inner: Tensor  # S^-1 V_top^T [R, R]
+    signs: Tensor  # [R]
+
+
+def _full_precision(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """No autocast; entered only where there is one, because that costs more than a thin product."""
+    if _torch.any_autocast():
+        return torch.autocast(like.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def factors_of(original: Tensor) -> Factors:  # [H, R]
+    with _full_precision(original):
+        wide = original.to(torch.promote_types(original.dtype, torch.float32))
+        reflectors = torch.tril(wide, -1)
+        reflectors.diagonal().fill_(1.0)
+        gram = reflectors.t() @ reflectors
+        system = torch.triu(gram)
+        system.diagonal().mul_(0.5)
+        top = reflectors[: original.shape[1]].t()
+        inner = torch.linalg.solve_triangular(system, top, upper=True)
+        signs = torch.where(wide.diagonal() < 0, -1.0, 1.0).to(wide.dtype)
+        return Factors(reflectors, system, inner, signs)
+
+
 def orthonormal_rows(
     original: Tensor,  # [H, R]
 ) -> Tensor:
     """R [R, H] contiguous, in fp32 or wider, autocast or not."""
-    with torch.autocast(original.device.type, enabled=False):
-        return _orthonormal_rows(original)
+    return rows_from(factors_of(original))
 
 
-def _orthonormal_rows(original: Tensor) -> Tensor:
-    reflectors, system, signs = _parts(original)
-    rank = original.shape[1]
-    inner = torch.linalg.solve_triangular(system, reflectors[:rank].t(), upper=True)
-    rows: Tensor = -(reflectors @ inner).t()
-    rows[:, :rank] += torch.eye(rank, dtype=rows.dtype, device=rows.device)
-    signed: Tensor = rows * signs.unsqueeze(1)
-    return signed.contiguous()
+def rows_from(factors: Factors) -> Tensor:
+    """R [R, H] contiguous."""
+    reflectors, _, inner, signs = factors
+    with _full_precision(reflectors):
+        rows: Tensor = -(reflectors @ inner).t()
+        rows.diagonal().add_(1.0)
+        return (rows * signs.unsqueeze(1)).contiguous()
 
 
 def orthonormal_backward(
-    original: Tensor,  # [H, R]
+    factors: Factors,
     drows: Tensor,  # [R, H]
 ) -> Tensor:
     """The gradient [H, R] of the parameter; zero on its diagonal and above."""
-    reflectors, system, signs = _parts(original)
-    rank = original.shape[1]
-    dq = (drows * signs.unsqueeze(1)).t().to(reflectors.dtype)  # of Q [H, R]
-    inner = torch.linalg.solve_triangular(system, reflectors[:rank].t(), upper=True)
-    dtop = -torch.linalg.solve_triangular(system.t(), reflectors.t() @ dq, upper=False)
-    dsystem = -dtop @ inner.t()
-    dgram = torch.triu(dsystem, 1) + torch.diag(dsystem.diagonal() / 2)
-    dreflectors = reflectors @ (dgram + dgram.t()) - dq @ inner.t()
-    dreflectors[:rank] += dtop.t()
-    return torch.tril(dreflectors, -1).to(original.dtype)
-
-
-def _parts(original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V [H, R], S [R, R] and the signs [R]; in fp32 or wider."""
-    wide = original.to(torch.promote_types(original.dtype, torch.float32))
-    reflectors = torch.tril(wide, -1)
-    reflectors.diagonal().fill_(1.0)
-    gram = reflectors.t() @ reflectors
-    system = torch.triu(gram, 1) + torch.diag(gram.diagonal() / 2)
-    return reflectors, system, torch.where(wide.diagonal() < 0, -1.0, 1.0).to(wide.dtype)
+    reflectors, system, inner, signs = factors
+    with _full_precision(reflectors):
+        dq = (drows * signs.unsqueeze(1)).t().to(reflectors.dtype)  # of Q [H, R]
+        dtop = -torch.linalg.solve_triangular(system.t(), reflectors.t() @ dq, upper=False)
+        dgram = torch.triu(-dtop @ inner.t())
+        dgram.diagonal().mul_(0.5)
+        dreflectors = reflectors @ (dgram + dgram.t()) - dq @ inner.t()
+        dreflectors[: len(dtop)] += dtop.t()
+        return torch.tril(dreflectors, -1)
 
 
 def original_of(

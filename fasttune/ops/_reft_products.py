@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fasttune.ops import _dropout
 
+_LARGEST_RANK = 128  # of a sum over rows that every backend takes in one go
+
 
 def forward_with(
     prims: ModuleType,
@@ -56,13 +58,25 @@ def backward_with(
     g = dy if g is None else g
     need_rotation, need_source, need_bias = needs
     drotation, dsource, dbias = (dy.new_empty(0) for _ in range(3))  # what is not needed
+    of_x = []  # what is multiplied by x, in one pass over it
+    if need_source:
+        of_x.append(dz)
+    if need_rotation and difference:
+        of_x.append(dd)
+    products: list[Tensor] = []
+    if len(of_x) == 2 and 2 * rotation.shape[0] <= _LARGEST_RANK:
+        both = _outer(prims, torch.cat(of_x, dim=1), x, torch.float32)
+        products = list(both.split(rotation.shape[0]))
+    else:
+        products = [_outer(prims, t, x, torch.float32) for t in of_x]
     if need_rotation:
-        drotation = _outer(prims, d * scale, g, torch.float32, seed, threshold)
+        scaled = d if scale == 1.0 else d * scale
+        drotation = _outer(prims, scaled, g, torch.float32, seed, threshold)
         if difference:
-            drotation -= _outer(prims, dd, x, torch.float32)
+            drotation -= products[-1]
         drotation = drotation.to(rotation.dtype)
     if need_source:
-        dsource = _outer(prims, dz, x, source.dtype)
+        dsource = products[0].to(source.dtype)
     if need_bias:
         dbias = prims.column_sum(dz)
     return drotation, dsource, dbias

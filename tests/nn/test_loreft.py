@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from fasttune.nn import LoReft
 from fasttune.nn._orthonormal import (
     Orthonormal,
+    factors_of,
     original_of,
     orthonormal_backward,
     orthonormal_rows,
@@ -113,7 +114,8 @@ def test_the_orthonormal_map_and_its_gradient_are_those_of_torch(rank: int) -> N
     assert relative(rows @ rows.t(), torch.eye(rank).double()) < 1e-12
     drows = torch.randn(rank, H).double()
     (layer.weight.t() * drows).sum().backward()
-    assert relative(orthonormal_backward(original.detach(), drows), original.grad) < 1e-12
+    gradient = orthonormal_backward(factors_of(original.detach()), drows)
+    assert relative(gradient, original.grad) < 1e-12
     again = orthonormal_rows(original_of(rows.t()))
     assert relative(again, rows) < 1e-12
 
@@ -320,3 +322,33 @@ def test_it_compiles_to_the_same_numbers() -> None:
     ]
     for mine, other in zip(*grads, strict=True):
         assert relative(other, mine) < 1e-5
+
+
+def test_a_backward_within_autocast_rounds_nothing() -> None:
+    torch.manual_seed(0)
+    module, h = LoReft(H, R), torch.randn(6, H)
+    grads = []
+    for inside in (False, True):
+        module.zero_grad()
+        loss = module(h).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            loss.backward()
+        grads.append(module.rotate_layer.original.grad.clone())
+    assert torch.equal(*grads)
+
+
+def test_rows_that_change_in_place_are_checked_again() -> None:
+    """Also where no version tells: through numpy."""
+    module, h = LoReft(H, R), torch.randn(6, H)
+    rows = torch.tensor([0, 5])
+    module(h, rows)
+    rows.numpy()[1] = 6
+    with pytest.raises(ValueError, match="numbers below 6"):
+        module(h, rows)
+    rows.numpy()[1] = 0
+    with pytest.raises(ValueError, match="at most once"):
+        module(h, rows)
+    rows.numpy()[1] = 5
+    module(h, rows)
+    with pytest.raises(ValueError, match="numbers below 5"):
+        module(h[:5], rows)
