@@ -66,7 +66,8 @@ def backward_with(
     products: list[Tensor] = []
     if len(of_x) == 2 and 2 * rotation.shape[0] <= _LARGEST_RANK:
         both = _outer(prims, torch.cat(of_x, dim=1), x, torch.float32)
-        products = list(both.split(rotation.shape[0]))
+        first, second = both.split(rotation.shape[0])
+        products = [first.clone(), second]  # a gradient is not to keep the memory of both
     else:
         products = [_outer(prims, t, x, torch.float32) for t in of_x]
     if need_rotation:

@@ -267,7 +267,7 @@ def _validate(h: Any, rotation: Any, source: Any, bias: Any, rows: Any, activati
 
 # The last list that fits, and how many rows it needs: the interventions of a model mostly share
 # one.
-_fitting: tuple[Tensor, int] = torch.empty(0, dtype=torch.int64), 0
+_fitting: tuple[Tensor, int] = torch.empty(0, dtype=torch.int64, device="cpu"), 0
 
 
 def _check_rows(rows: Any, h: Tensor) -> None:

@@ -111,10 +111,11 @@ def _forward(module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any
         output = _rebound(original, record.plan)(module, *args, **kwargs)
     finally:
         _running.records.pop()
+    too_small = record.fallbacks[guard.TOO_SMALL.text] - small
     if record.calls == calls:
         state.note_fallback(record, _NOTHING_OF_OURS)
-    elif record.calls - calls == record.fallbacks[guard.TOO_SMALL.text] - small:
-        guard.remember_small(record, shapes)
+    elif isinstance(x, Tensor) and record.calls - calls == too_small:
+        guard.remember_small(record, x, shapes)
     return output
 
 

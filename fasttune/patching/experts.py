@@ -192,11 +192,11 @@ def _same_objects(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 def _forward(layer: Any, original: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     record = state.of(layer, KIND)
     # What is too small are the experts, of any input of this dtype.
-    if type(x) is Tensor and not is_compiling() and guard.was_small(record, x, x.dtype):
+    if type(x) is Tensor and not is_compiling() and guard.was_small(record, x, None):
         return original(layer, x, *args, **kwargs)
     reason = _why_original(layer, x, kwargs)
     if reason is guard.TOO_SMALL:
-        guard.remember_small(record, x.dtype)
+        guard.remember_small(record, x, None)
     if reason is not None:
         if reason is not guard.COMPILED:
             state.note_fallback(record, reason)

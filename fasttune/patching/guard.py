@@ -30,12 +30,13 @@ def is_small(record: state.ModuleState, x: Any, ask: Callable[..., bool], *facts
     to a small model their time is not small.
 
     Args:
-        ask: of x and the facts; True of an input has to mean True of every smaller one.
+        ask: of x and the facts; True of an input has to mean True of every smaller one of its
+            dtype.
     """
     if type(x) is not Tensor or is_compiling() or not ask(x, *facts):
         return False
     if x.is_cpu:
-        remember_small(record, x.numel())
+        remember_small(record, x, x.numel())
     count_small(record)
     return True
 
@@ -45,15 +46,19 @@ def count_small(record: state.ModuleState) -> None:
     record.fallbacks[TOO_SMALL.text] += 1
 
 
-def remember_small(record: state.ModuleState, size: Any) -> None:
-    """Inputs of this size (their elements, their shape, as the kind counts) are too small."""
-    record.small = size, policy.limits
+def remember_small(record: state.ModuleState, x: Tensor, size: Any) -> None:
+    """Inputs of x's dtype and this size (their elements, their shapes, as the kind counts) are too
+    small.
+    """
+    record.small = size, policy.limits, x.dtype
 
 
 def was_small(record: state.ModuleState, x: Any, size: Any) -> bool:
     """Whether exactly this size was too small, and still is; counted if it is."""
     small = record.small
-    if small is None or small[0] != size or small[1] is not policy.limits or not x.is_cpu:
+    if small is None or small[0] != size or small[1] is not policy.limits:
+        return False
+    if small[2] is not x.dtype or not x.is_cpu:
         return False
     if _registry.forced_backend() is not None:
         return False

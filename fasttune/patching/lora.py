@@ -200,7 +200,8 @@ def _why_original(
 ) -> Reason | None:
     # PEFT's DoRA multiplies by a K x K identity: no input is too small to gain.
     dora = peft_dora.adapter_of(layer)
-    if dora is None and type(x) is Tensor and lora_too_small(x, layer.out_features):
+    small = dora is None and type(x) is Tensor and not is_compiling()
+    if small and lora_too_small(x, layer.out_features):
         return guard.TOO_SMALL
     reason = peft_linear.why_original(layer, x, args, kwargs)
     if reason is not None:
@@ -245,5 +246,5 @@ def _embedding_forward(layer: nn.Module, original: Any, ids: Any, *args: Any, **
     return lora_embedding.forward(layer, original, state.of(layer, KIND), ids, args, kwargs)
 
 
-swap.register_kind(KIND, _forward, of_tensor=True)
+swap.register_kind(KIND, _forward, of_tensor=True, awake_with="lora_variant")  # DoRA always gains
 swap.register_kind(KIND, _embedding_forward, class_name="Embedding")

@@ -35,7 +35,8 @@ class ModuleState:
         backend: backend of the last fused call.
         saved_bytes: what the last fused call saved for backward, parameters excluded.
         mixed: the last call outside a backward was part of a mixed batch.
-        small: a size that was too small for the fused path, and the limits of then (guard.py).
+        small: a size that was too small for the fused path, the limits of then and the dtype
+            (guard.py).
         known: what the last fused call read of the module (integrations/peft_known.py); not copied.
     """
 
@@ -49,7 +50,7 @@ class ModuleState:
     saved_bytes: int = 0
     plan: Any = None
     mixed: bool = False
-    small: tuple[Any, Any] | None = None
+    small: tuple[Any, Any, Any] | None = None
     known: Any = None
 
     def __getstate__(self) -> dict[str, Any]:

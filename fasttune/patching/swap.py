@@ -46,7 +46,7 @@ def stock() -> Iterator[None]:
 
 _forwards: dict[tuple[str, str], Forward] = {}
 _in_stock: set[str] = set()
-_of_tensor: set[str] = set()
+_of_tensor: dict[str, str] = {}  # what keeps modules of the kind awake, by kind
 _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
@@ -57,6 +57,7 @@ def register_kind(
     class_name: str = "",
     in_stock: bool = False,
     of_tensor: bool = False,
+    awake_with: str = "",
 ) -> None:
     """Name the forward of a kind of swap, of classes of one name or of all others; names, not
     functions, travel in pickles.
@@ -65,12 +66,13 @@ def register_kind(
         in_stock: without it the stock model cannot run, so :func:`stock` keeps it.
         of_tensor: the modules are functions of one tensor, their first argument, which ``forward``
             gets by position.
+        awake_with: of these, an attribute that has to be empty for what was too small to stay so.
     """
     _forwards[kind, class_name] = forward
     if in_stock:
         _in_stock.add(kind)
     if of_tensor:
-        _of_tensor.add(kind)
+        _of_tensor[kind] = awake_with
 
 
 def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
@@ -122,24 +124,29 @@ def _forward_of_tensor(original: type[nn.Module], kind: str, fused: Forward) -> 
     """
     own = original.forward
     name = next(iter(list(inspect.signature(own).parameters)[1:]), "")  # after self
-    too_small = guard.TOO_SMALL.text
+    too_small, awake_with = guard.TOO_SMALL.text, _of_tensor[kind]
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _stock.active:
             return own(self, *args, **kwargs)
-        if not args and name in kwargs:
+        if not args:
+            if name not in kwargs:  # the module's own forward knows what it takes, or raises
+                return own(self, **kwargs)
             args = (kwargs.pop(name),)
         if len(args) == 1 and not kwargs and not is_compiling():
             x, record = args[0], self._fasttune_state[kind]
+            small = record.small  # once: another thread may forget it
             if (
-                record.small is not None
+                small is not None
                 and type(x) is Tensor
-                and x.numel() <= record.small[0]
-                and record.small[1] is policy.limits
+                and x.numel() <= small[0]
+                and small[1] is policy.limits
+                and small[2] is x.dtype
                 and x.is_cpu
                 and not _registry.forced_in_context.get()
                 and not _registry.forced_by_environment
+                and not (awake_with and self.__dict__.get(awake_with))
             ):
                 record.fallbacks[too_small] += 1
                 return own(self, x)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -352,3 +354,19 @@ def test_rows_that_change_in_place_are_checked_again() -> None:
     module(h, rows)
     with pytest.raises(ValueError, match="numbers below 5"):
         module(h[:5], rows)
+
+
+def test_a_gradient_keeps_no_memory_but_its_own() -> None:
+    module = LoReft(H, R)
+    module(torch.randn(6, H)).sum().backward()
+    gradient = module.learned_source.weight.grad
+    assert gradient.untyped_storage().nbytes() == gradient.nbytes
+
+
+def test_the_default_device_of_the_import_does_not_matter() -> None:
+    code = (
+        "import torch; torch.set_default_device('meta'); from fasttune.ops import reft; "
+        "torch.set_default_device('cpu'); h, r = torch.ones(4, 8), torch.zeros(2, 8); "
+        "assert torch.equal(reft(h, r, r, rows=torch.tensor([0, 1])), h)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

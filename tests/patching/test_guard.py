@@ -113,8 +113,46 @@ def test_further_arguments_reach_the_forward(module, record):
     assert torch.equal(module(hidden=x, factor=3.0), 3 * x)
     assert torch.equal(module(hidden=x), 2 * x)
     assert module.ask.times == 4  # all but the last, whose only argument is the tensor
-    with pytest.raises(TypeError, match="'x'"):
+    with pytest.raises(TypeError, match="'hidden'"):  # as the module's own forward has it
         module(factor=3.0)
+
+
+def test_a_forward_that_hides_its_signature_takes_its_input_by_name(record) -> None:
+    class Hidden(Doubled):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().forward(*args, **kwargs)
+
+    made = Hidden()
+    made.ask = Asked(below=100)
+    swap.swap(made, KIND)
+    state.attach(made, record)
+    x = torch.randn(4)
+    assert torch.equal(made(hidden=x), 2 * x)
+    assert torch.equal(made(x), 2 * x)
+
+
+def test_another_dtype_is_asked_for_again(module):
+    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16, torch.float32):
+        module(torch.zeros(4, dtype=dtype))
+    assert module.ask.times == 3
+
+
+def test_what_another_thread_forgets_meanwhile_is_read_once(module):
+    class Forgetful(ModuleState):
+        """Forgets when it is read: between two reads of one call, as another thread may."""
+
+        @property
+        def small(self) -> Any:
+            return self.__dict__.pop("kept", None)
+
+        @small.setter
+        def small(self, value: Any) -> None:
+            self.__dict__["kept"] = value
+
+    state.attach(module, Forgetful("layer", KIND))
+    x = torch.randn(4)
+    for _ in range(3):
+        assert torch.equal(module(x), 2 * x)
 
 
 def test_the_stock_model_and_traces_count_nothing(module, record):
@@ -129,7 +167,7 @@ def test_the_stock_model_and_traces_count_nothing(module, record):
 
 def test_a_size_is_compared_as_it_was_given(record: ModuleState):
     x = torch.zeros(2, 3)
-    guard.remember_small(record, x.shape)
+    guard.remember_small(record, x, x.shape)
     assert guard.was_small(record, x, x.shape)
     assert not guard.was_small(record, x, x.t().shape)
     assert record.fallbacks == {guard.TOO_SMALL.text: 1}
@@ -208,3 +246,29 @@ def test_a_recomputation_takes_the_path_of_its_forward() -> None:
     for name, gradient in stock.items():
         if float(gradient.norm()) > 1e-4:  # keys' biases have none
             assert relative(ours[name], gradient) < 1e-4, name
+
+
+@pytest.mark.limits
+def test_dora_that_is_added_to_a_small_layer_is_fused():
+    """Nothing is too small to gain there."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    model = fasttune.patch(model.train())
+    x = torch.randn(8, 64)
+    model(x), model(x)
+    (record,) = fasttune.explain(model).layers
+    assert record.fallbacks == {guard.TOO_SMALL.text: 2}
+    model.add_adapter("dora", peft.LoraConfig(target_modules=["0"], use_dora=True))
+    model.set_adapter("dora")
+    model(x)
+    assert fasttune.explain(model).layers[0].fused_calls == 1
+
+
+@pytest.mark.limits
+def test_a_small_layer_is_traced_whole():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model = fasttune.patch(peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"])))
+    x = torch.randn(8, 64)
+    expected = model(x)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
