@@ -85,11 +85,17 @@ def products(module: Any, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def case(device: str, dtype: str, width: int, size: int, rows: int, kind: str) -> Any:
-    """Our adapter, the same in plain torch, its input and its incoming gradient."""
+    """Our adapter, the same in plain torch, its input, its incoming gradient, and the check."""
     ours = adapter(width, size, DTYPES[dtype], KINDS[kind]).to(device)
+    stock = Eager(copy.deepcopy(ours))
     x = torch.randn(rows, width, device=device).to(DTYPES[dtype]).requires_grad_()
     dy = torch.randn(rows, width, device=device).to(DTYPES[dtype])
-    return ours, Eager(copy.deepcopy(ours)), x, dy
+
+    def check() -> tuple[dict, dict, dict]:
+        truth = results(copy.deepcopy(stock).double(), x.double(), dy.double())
+        return results(stock, x, dy), results(ours, x, dy), truth
+
+    return ours, stock, x, dy, check
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,12 +106,7 @@ def case(device: str, dtype: str, width: int, size: int, rows: int, kind: str) -
 def test_bottleneck_time(
     paired, device: str, dtype: str, width: int, size: int, rows: int, kind: str
 ) -> None:
-    ours, stock, x, dy = case(device, dtype, width, size, rows, kind)
-
-    def check() -> tuple[dict, dict, dict]:
-        truth = results(copy.deepcopy(stock).double(), x.double(), dy.double())
-        return results(stock, x, dy), results(ours, x, dy), truth
-
+    ours, stock, x, dy, check = case(device, dtype, width, size, rows, kind)
     paired(
         make_step(stock, x, dy), make_step(ours, x, dy), check=check, dtype=DTYPES[dtype],
         model="bottleneck", shape=[rows, width, size], variant=kind, base_dtype=dtype,
@@ -122,12 +123,7 @@ def test_bottleneck_limits(
 ) -> None:
     """Ours against what is left if everything but the products cost nothing, and against
     ``torch.compile`` of the module."""
-    ours, stock, x, dy = case(device, dtype, width, size, rows, "plain")
-
-    def check() -> tuple[dict, dict, dict]:
-        truth = results(copy.deepcopy(stock).double(), x.double(), dy.double())
-        return results(stock, x, dy), results(ours, x, dy), truth
-
+    ours, stock, x, dy, check = case(device, dtype, width, size, rows, "plain")
     if against == "products":
         other: Callable[[], object] = products(ours, x, dy)
     else:
