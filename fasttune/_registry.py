@@ -22,7 +22,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 # A small layer of a patched model asks for these two by themselves, to save the call
-# (patching/guard.py): forced_backend() is what they mean.
+# (patching/swap.py): forced_backend() is what they mean.
 forced_in_context: ContextVar[str | None] = ContextVar("fasttune_backend", default=None)
 forced_by_environment = os.environ.get("FASTTUNE_BACKEND")
 

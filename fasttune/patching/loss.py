@@ -109,11 +109,11 @@ def _model_forward(model: nn.Module, original: Any, *args: Any, **kwargs: Any) -
     record = state.of(model, KIND)
     _warn_of_new_adapters(model)
     labels = kwargs.get("labels")
-    if type(labels) is Tensor:
-        if guard.was_small(record, labels, labels.numel()):
-            return original(model, *args, **kwargs)
-        if guard.is_small(record, labels, _few_logits, model):
-            return original(model, *args, **kwargs)
+    if type(labels) is Tensor and (
+        guard.was_small(record, labels, labels.numel())
+        or guard.is_small(record, labels, _few_logits, model)
+    ):
+        return original(model, *args, **kwargs)
     reason = _why_original(model)
     if reason is not None:
         state.note_fallback(record, reason)

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from fasttune import _registry
 from fasttune.errors import PatchError
 from fasttune.ops import policy
-from fasttune.patching import guard
+from fasttune.patching import guard, state
 
 # forward(module, original_forward, *args, **kwargs); original_forward takes the module first.
 Forward = Callable[..., Any]
@@ -85,8 +85,8 @@ def swapped_class(original: type[nn.Module], kind: str) -> type[nn.Module]:
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         root, kinds = _history(type(self))
-        state = object.__reduce_ex__(self, 2)[2]
-        return _rebuild, (root, kinds), state
+        contents = object.__reduce_ex__(self, 2)[2]
+        return _rebuild, (root, kinds), contents
 
     namespace = {
         "forward": forward,
@@ -132,6 +132,8 @@ def _forward_of_tensor(original: type[nn.Module], kind: str, fused: Forward) -> 
             return own(self, *args, **kwargs)
         if not args:
             if name not in kwargs:  # the module's own forward knows what it takes, or raises
+                if not is_compiling():
+                    state.note_fallback(self._fasttune_state[kind], guard.EXTRA)
                 return own(self, **kwargs)
             args = (kwargs.pop(name),)
         if len(args) == 1 and not kwargs and not is_compiling():

@@ -128,6 +128,7 @@ def test_a_forward_that_hides_its_signature_takes_its_input_by_name(record) -> N
     state.attach(made, record)
     x = torch.randn(4)
     assert torch.equal(made(hidden=x), 2 * x)
+    assert record.fallbacks == {guard.EXTRA.text: 1}
     assert torch.equal(made(x), 2 * x)
 
 
@@ -272,3 +273,12 @@ def test_a_small_layer_is_traced_whole():
     expected = model(x)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+@pytest.mark.limits
+def test_the_fewer_kernels_torch_has_the_longer_it_is_left_alone():
+    sizes = {operations: 2**bits for operations, bits in ((6, 15), (3, 15), (2, 19), (1, 18))}
+    for operations, size in sizes.items():
+        x = torch.empty(size, dtype=torch.bfloat16)
+        assert not policy.row_wise_too_small(x, operations)
+        assert policy.row_wise_too_small(x[1:], operations)
