@@ -130,10 +130,14 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Op:
 
 def must_dispatch(tensors: Sequence[Tensor | None]) -> bool:
     """True if a call has to go through torch's dispatcher to be seen or to be traced."""
+    return is_traced(tensors) or _torch.profiling()
+
+
+def is_traced(tensors: Sequence[Tensor | None]) -> bool:
+    """True if a call may not be made of real tensors alone."""
     return (
         torch.compiler.is_compiling()
         or _torch.under_dispatch_mode()
-        or _torch.profiling()
         or not _torch.all_plain(tensors)
     )
 

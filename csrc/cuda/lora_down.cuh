@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kDownThreads) lora_down_kernel(LoraDown args) 
             Turned::load_rhs_transposed(a, factor, k, i);
           else
             Tile::load_rhs(a, factor, i * 8, k / 8);
-          multiply_16x8x16(sums[j][i], kept, {a[0], a[1]}, T{});
-          multiply_16x8x16(sums[j][i + 1], kept, {a[2], a[3]}, T{});
+          add_product_16x8x16(sums[j][i], kept, {a[0], a[1]}, T{});
+          add_product_16x8x16(sums[j][i + 1], kept, {a[2], a[3]}, T{});
         }
       }
     }

@@ -173,18 +173,19 @@ void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = ::emulator::here.lane / 4, upper = i / 2;
     const unsigned col = ::emulator::here.lane % 4 * 2 + i % 2;
-    float sum = c[i];
-    for (unsigned k = 0; k < 16; ++k) {
-      const unsigned pair = k % 8 / 2, half = k % 2, beyond = k / 8;
-      sum += element(row * 4 + pair, upper + 2 * beyond, half) *
-             element(col * 4 + pair, 4 + beyond, half);
+    for (unsigned beyond = 0; beyond < 2; ++beyond) {
+      double products[8];
+      for (unsigned k = 0; k < 8; ++k)
+        products[k] = static_cast<double>(element(row * 4 + k / 2, upper + 2 * beyond, k % 2)) *
+                      element(col * 4 + k / 2, 4 + beyond, k % 2);
+      c[i] = ::emulator::tensor_core_sum(c[i], products);
     }
-    c[i] = sum;
   }
 }
 #endif
 
-// C [16, 8] fp32 += A [16, 16] B [16, 8], in the tensor cores; one warp.
+// C [16, 8] fp32 += A [16, 16] B [16, 8], in the tensor cores; one warp. They cut the sum instead
+// of rounding it: a long chain of products drifts towards zero, by up to an ulp of C each.
 __device__ __forceinline__ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4],
                                                  const uint32_t (&b)[2], __nv_bfloat16) {
 #if defined(FASTTUNE_EMULATE)
@@ -213,6 +214,16 @@ __device__ __forceinline__ void multiply_16x8x16(float (&c)[4], const uint32_t (
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
+}
+
+// The same with the sum rounded: what is cut is of the one product alone. For long sums.
+template <typename T>
+__device__ __forceinline__ void add_product_16x8x16(float (&c)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2], T) {
+  float own[4] = {};
+  multiply_16x8x16(own, a, b, T{});
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += own[i];
 }
 
 }  // namespace fasttune::cuda

@@ -41,6 +41,7 @@ void sync_warp(unsigned mask, const char* site);
 Exchanged exchange(unsigned mask, const void* bytes, size_t count, const char* site);
 void check_lane(unsigned mask, unsigned source, const char* site);
 void note_atomic(void* address, size_t bytes);
+float tensor_core_sum(float c, const double (&products)[8]);
 void read_shared(const void* from, void* to, size_t bytes);
 void copy_async(void* shared, const void* global, size_t bytes);
 void copy_async_commit();

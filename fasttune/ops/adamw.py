@@ -181,7 +181,7 @@ def with_table(arguments: StepArguments) -> StepArguments:
     """What the kernels of :func:`apply_sum_of_squares` and :func:`apply_adamw_step` both read, in
     one copy to the device; the arguments as they are where nothing is copied, or each copies.
     """
-    if _registry.must_dispatch(arguments.params[:1]):
+    if _registry.is_traced(arguments.params[:1]):
         return arguments
     return _adamw_backends.with_table(arguments)
 

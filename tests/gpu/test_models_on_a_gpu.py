@@ -12,13 +12,13 @@ from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 from steps_compared import assert_close, exact_copy, in_double, loss_of, step
 from tiny_models import gradients, tiny_llama, with_lora
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import fasttune
 from fasttune import adapters
 from fasttune.nn import bottleneck as bottleneck_module
 from fasttune.optim import AdamW
 from fasttune.testing.families import FAMILIES, Family
-from fasttune_kernels import bottleneck as bottleneck_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -118,19 +118,18 @@ def test_bottleneck_adapters_are_fused_and_equal_torchs(
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=1.0 if name.endswith("scale") else 0.1)
     truth = step(exact_copy(model), tokens())
-    called: list[Any] = []
-    forward = bottleneck_kernels.bottleneck_forward
-    monkeypatch.setattr(
-        bottleneck_kernels,
-        "bottleneck_forward",
-        lambda *args, **options: called.append(args) or forward(*args, **options),
-    )
-    results = []
+    results, kernels = [], []
     for slow in (True, False):
         monkeypatch.setattr(bottleneck_module, "bottleneck_not_faster", lambda *_, slow=slow: slow)
-        with torch.autocast("cuda", BF16, enabled=autocast):
+        with (
+            torch.autocast("cuda", BF16, enabled=autocast),
+            profile(activities=[ProfilerActivity.CUDA]) as recorded,
+        ):
             results.append(step(model, tokens()))
-    assert len(called) == 2  # a block each
+            torch.cuda.synchronize()
+        names = [event.name for event in recorded.events()]
+        kernels.append(sum(name.startswith("_widen") for name in names))
+    assert kernels == [0, 4]  # one forward and one backward for each of two blocks
     stock, ours = results
     assert_close(ours, stock, truth, BF16)
 

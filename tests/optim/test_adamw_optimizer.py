@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from fasttune._native import adamw_cuda
 from fasttune.ops import _adamw_backends
@@ -514,8 +516,9 @@ def test_parameters_that_step_together_share_their_step(two_steps: tuple[nn.Modu
         ),
     ],
 )
+@pytest.mark.parametrize("profiled", [False, True])
 def test_a_step_that_a_device_decides_copies_one_table(
-    name: str, limit: float | None, monkeypatch: pytest.MonkeyPatch
+    profiled: bool, name: str, limit: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order of a step on a GPU: counted, copied, summed up, taken."""
     copied = []
@@ -533,7 +536,7 @@ def test_a_step_that_a_device_decides_copies_one_table(
             copied.clear()
         model = network()
         optimizer = AdamW(model.parameters(), max_grad_norm=limit)
-        with backend(name):
+        with backend(name), profile() if profiled else contextlib.nullcontext():
             train(model, optimizer, range(3))
         results.append(tensors(model, optimizer))
     assert len(copied) == 3
