@@ -5,6 +5,7 @@
 
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention_plan.h"
@@ -199,6 +200,52 @@ PYBIND11_MODULE(_cpu, m) {
       [](const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
          uintptr_t partial, int threads) {
         kernels().deep_product(x, w, transposed, out, pointer<float>(partial), threads);
+      },
+      release());
+  // Vectors and outputs, which are contiguous, come as their address, 0 for none, and their dtype.
+  using Flat = std::pair<uintptr_t, int>;
+  m.def(
+      "bottleneck_forward",
+      [](const Matrix& x, const Matrix& down, const Matrix& up, const Flat& down_bias,
+         int activation, float factor, const Dropout& dropout, const Matrix* residual,
+         const Flat& up_bias, const Flat& scale, uintptr_t z, const Flat& y, int threads) {
+        const auto flat = [](const Flat& given, int64_t size) {
+          return Matrix{pointer<const void>(given.first), 1, size, size,
+                        static_cast<DType>(given.second)};
+        };
+        const auto given = [](const Matrix& vector) { return vector.data ? &vector : nullptr; };
+        const Matrix inner = flat(down_bias, down.rows), outer = flat(up_bias, up.rows);
+        const Matrix columns = flat(scale, up.rows);
+        kernels().bottleneck_forward(
+            {x, down, up, given(inner), activation, factor, dropout}, residual, given(outer),
+            given(columns), {pointer<void>(z), x.rows, down.rows, down.rows, DType::kBFloat16},
+            {pointer<void>(y.first), x.rows, up.rows, up.rows, static_cast<DType>(y.second)},
+            threads);
+      },
+      release());
+  m.def(
+      "bottleneck_backward",
+      [](const Matrix& x, const Matrix& down, const Matrix& up, int activation, float factor,
+         const Dropout& dropout, const Matrix& dy, uintptr_t z, const Matrix* addend,
+         float outer_factor, const Flat& dx, const Flat& ddown, const Flat& ddown_bias,
+         const Flat& dup, const Flat& dup_bias, int threads) {
+        const auto flat = [](const Flat& given, int64_t rows, int64_t cols) {
+          return MutableMatrix{pointer<void>(given.first), rows, cols, cols,
+                               static_cast<DType>(given.second)};
+        };
+        const auto wanted = [](const MutableMatrix& out) { return out.data ? &out : nullptr; };
+        const MutableMatrix own_dx = flat(dx, x.rows, x.cols),
+                            own_down = flat(ddown, down.rows, down.cols),
+                            own_down_bias = flat(ddown_bias, 1, down.rows),
+                            own_up = flat(dup, up.rows, up.cols),
+                            own_up_bias = flat(dup_bias, 1, up.rows);
+        kernels().bottleneck_backward(
+            {x, down, up, nullptr, activation, factor, dropout}, dy,
+            {pointer<const void>(z), x.rows, down.rows, down.rows, DType::kBFloat16}, addend,
+            outer_factor,
+            {wanted(own_dx), wanted(own_down), wanted(own_down_bias), wanted(own_up),
+             wanted(own_up_bias)},
+            threads);
       },
       release());
   m.def(

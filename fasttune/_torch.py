@@ -92,7 +92,7 @@ def hooked(module: nn.Module) -> bool:
     state = module.__dict__
     if "forward" in state or "_hf_hook" in state:
         return True
-    return any(state.get(name) for name in HOOKS)
+    return any(map(state.get, HOOKS))
 
 
 def all_plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -105,7 +105,10 @@ def all_plain(tensors: Iterable[Tensor | None]) -> bool:
 
 def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
     """True if every tensor is a plain Tensor or Parameter, with or without storage."""
-    return all(t is None or type(t) in _PLAIN_TYPES for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in _PLAIN_TYPES:
+            return False
+    return True
 
 
 def any_autocast() -> bool:

@@ -41,6 +41,21 @@ struct Reduction {
   float* out;       // [M, R]
 };
 
+// A bottleneck adapter with operands in bf16, R <= kMaxRank: x [M, K], D [R, K], U [H, R].
+struct Bottleneck {
+  const Matrix &x, &down, &up;
+  const Matrix* down_bias;  // [1, R] or null, of any dtype
+  int activation;           // an Activation, or negative: none
+  float factor;             // of what is added, with the scale of what is kept
+  Dropout dropout;          // of that, [M, H]
+};
+
+// What the backward of an adapter computes; null where it is not wanted. The biases are [1, R] and
+// [1, H].
+struct BottleneckGradients {
+  const MutableMatrix *dx, *down, *down_bias, *up, *up_bias;
+};
+
 struct RowLossOptions {
   int64_t ignore_index;
   float logit_scale;
@@ -206,6 +221,18 @@ struct Kernels {
   // [kDeepSums - 1, M, N]. Null as above.
   void (*deep_product)(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
                        float* partial, int threads);
+
+  // z [M, R] bf16 = x D^T + b_D and y [M, H] = residual + keep * factor scale (act(z) U^T + b_U),
+  // rounded once; residual, of y's dtype or fp32, up_bias and scale [1, H] of any dtype or null.
+  // Null as above.
+  void (*bottleneck_forward)(const Bottleneck& adapter, const Matrix* residual,
+                             const Matrix* up_bias, const Matrix* scale, const MutableMatrix& z,
+                             const MutableMatrix& y, int threads);
+  // With dz = factor (keep * dy) U act'(z): dx = addend + dz D, dD = dz^T x, dU = outer_factor
+  // (keep * dy)^T act(z), and the sums over the rows. dy and z are bf16.
+  void (*bottleneck_backward)(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
+                              const Matrix* addend, float outer_factor,
+                              const BottleneckGradients& gradients, int threads);
 
   // out [M, N] = addend + keep * x scale column_scale, with addend and column_scale [N] fp32 or
   // null.

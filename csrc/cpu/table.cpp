@@ -27,6 +27,8 @@ const Kernels& table() {
                                lora_expand,
                                nullptr,  // base_product
                                nullptr,  // deep_product
+                               nullptr,  // bottleneck_forward
+                               nullptr,  // bottleneck_backward
                                scaled_sum,
                                ia3_scale_backward,
                                scaled_glu_forward,

@@ -21,6 +21,11 @@ from fasttune._native.bias_activation import (
     bias_activation_forward,
     column_sum,
 )
+from fasttune._native.bottleneck import (
+    bottleneck_backward,
+    bottleneck_forward,
+    takes_bottleneck,
+)
 from fasttune._native.glu import glu_backward, glu_forward
 from fasttune._native.ia3_scale import ia3_scale_backward
 from fasttune._native.layer_norm import (
@@ -54,6 +59,8 @@ __all__ = [
     "attention_forward",
     "bias_activation_backward",
     "bias_activation_forward",
+    "bottleneck_backward",
+    "bottleneck_forward",
     "column_sum",
     "convert",
     "cpu",
@@ -89,5 +96,6 @@ __all__ = [
     "scaled_sum",
     "scratch",
     "sums_of_squares",
+    "takes_bottleneck",
     "takes_product",
 ]

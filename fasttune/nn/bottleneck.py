@@ -98,10 +98,12 @@ class BottleneckAdapter(nn.Module):
         residual = x if residual is None else residual
         dropout = self.dropout if self.training else 0.0
         inner = x if self.norm is None else self.norm(x)
-        if self._is_fusible() and not self._slow(x, dropout):
+        own = self._parameters_of_products()
+        if own is not None and not self._slow(x, own[0], own[2], dropout):
+            down, down_bias, up, up_bias = own
             return bottleneck(
-                inner, self.down.weight, self.up.weight, down_bias=self.down.bias,
-                up_bias=self.up.bias, residual=residual, activation=str(self.activation),
+                inner, down, up, down_bias=down_bias, up_bias=up_bias, residual=residual,
+                activation=str(self.activation),
                 scale=self.scaling if self.scale is None else self.scale, dropout_p=dropout,
             )  # fmt: skip
         u = self.up(_apply(self.activation, self.down(inner)))
@@ -118,17 +120,21 @@ class BottleneckAdapter(nn.Module):
         y: Tensor = residual + u
         return y
 
-    def _is_fusible(self) -> bool:
+    def _parameters_of_products(self) -> tuple[Any, Any, Any, Any] | None:
+        """The weights and biases of ``down`` and ``up``, or None if that is not all they are."""
         if not isinstance(self.activation, str):
-            return False
+            return None
         if self.output_activation is not None or self.gate is not None:
-            return False
-        return _is_plain(self.down) and _is_plain(self.up)
+            return None
+        down, up = self._modules["down"], self._modules["up"]  # a few times faster than attributes
+        if not (_is_plain(down) and _is_plain(up)):
+            return None
+        inner, outer = down._parameters, up._parameters
+        return inner["weight"], inner["bias"], outer["weight"], outer["bias"]
 
-    def _slow(self, x: Tensor, dropout: float) -> bool:
-        down = self.down.weight
-        dtype = compute_dtype(x, down, self.up.weight)
-        return bottleneck_not_faster(x, down, dtype, dropout, self.scale is not None)
+    def _slow(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> bool:
+        dtype = compute_dtype(x, down, up)
+        return bottleneck_not_faster(x, down, up, dtype, dropout, self.scale is not None)
 
     def extra_repr(self) -> str:
         name = self.activation if isinstance(self.activation, str) else "callable"
@@ -136,11 +142,13 @@ class BottleneckAdapter(nn.Module):
         return f"activation={name}, scaling={scaling}, dropout={self.dropout}"
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain(layer: Any) -> bool:
     """Whether the layer is its weight and bias alone: not quantized, wrapped or hooked."""
     if type(layer) is not nn.Linear or _torch.hooked(layer):
         return False
-    return _torch.all_plain_or_meta((layer.weight,)) and layer.weight.is_floating_point()
+    weight = layer._parameters.get("weight")
+    plain = weight is not None and _torch.all_plain_or_meta((weight,))
+    return plain and bool(weight.is_floating_point())
 
 
 def _checked(name: str, activation: Activation) -> Activation:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fasttune import _torch
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (*KERNEL_DTYPES, torch.float64)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +23,7 @@ def check_float(name: str, tensor: Any) -> None:
     """Raises TypeError unless ``tensor`` is a tensor of a float dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (*KERNEL_DTYPES, torch.float64):
+    if tensor.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64, got {tensor.dtype}")
 
 
@@ -52,6 +53,15 @@ def output_shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     return shaped
 
 
+def _fits(got: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    if len(got) != len(wanted):
+        return False
+    for i, size in enumerate(wanted):  # at every call of an op: no generator
+        if size is not None and size != got[i]:
+            return False
+    return True
+
+
 def check_shape(
     name: str,
     tensor: Any,
@@ -62,10 +72,7 @@ def check_shape(
 ) -> None:
     """Raises unless ``tensor`` is a float tensor of ``shape`` on ``device``, that of ``like``."""
     check_float(name, tensor)
-    fits = tensor.dim() == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(tensor.shape, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
     if tensor.device != device:

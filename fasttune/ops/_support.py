@@ -21,8 +21,9 @@ def why_not_cpu(args: Sequence[Any], a: Sequence[Tensor]) -> str | None:
     if missing is not None:
         return missing
     tensors = _flatten(args)
-    if any(tensor.device.type != "cpu" for tensor in tensors):
-        return "it takes CPU tensors"
+    for tensor in tensors:  # at every call of an op: no generator
+        if not tensor.is_cpu:
+            return "it takes CPU tensors"
     return _dtype_or_rank(tensors, a, _native.MAX_RANK)
 
 

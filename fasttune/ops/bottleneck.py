@@ -30,17 +30,21 @@ up-projection are the module's (fasttune.nn.BottleneckAdapter), in ops of their 
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasttune import _native, _registry, _torch
-from fasttune.ops import _bottleneck_reference, _bottleneck_triton, _dropout, _support
+from fasttune import _registry, _torch
+from fasttune.ops import (
+    _bottleneck_cpu,
+    _bottleneck_reference,
+    _bottleneck_triton,
+    _dropout,
+    _support,
+)
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops._arguments import accumulator, check_float, check_shape, output_shaped, rows_first
-from fasttune.ops._bottleneck_products import backward_with, forward_with
 
 BOTTLENECK_ACTIVATIONS = (*ACTIVATIONS, "identity")
 
@@ -90,10 +94,15 @@ def _on_triton(*args: Any) -> str | None:
 
 
 for _op, _run, _on_gpu, _plain in (
-    (FORWARD, forward_with, _bottleneck_triton.forward, _bottleneck_reference.forward),
-    (BACKWARD, backward_with, _bottleneck_triton.backward, _bottleneck_reference.backward),
+    (FORWARD, _bottleneck_cpu.forward, _bottleneck_triton.forward, _bottleneck_reference.forward),
+    (
+        BACKWARD,
+        _bottleneck_cpu.backward,
+        _bottleneck_triton.backward,
+        _bottleneck_reference.backward,
+    ),
 ):
-    _op.backend("cpu", _on_cpu)(partial(_run, _native))
+    _op.backend("cpu", _on_cpu)(_run)
     _op.backend("triton", _on_triton)(_support.Repeated(_on_gpu))
     _op.backend("reference", _support.never)(_plain)
 
@@ -104,25 +113,29 @@ class _Bottleneck(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, facts: Any, seed: Tensor | None, x: Tensor, *tensors: Any) -> Tensor:
         residual, down, down_bias, up, up_bias, scale = tensors
-        factor, activation, threshold, dtype, residual_is_x = facts
+        factor, activation, threshold, dtype, residual_is_x, backend = facts
         rows = rows_first(x, math.prod(x.shape[:-1]), x.shape[-1])
         addend = rows if residual_is_x else None
         if residual is not None:
             addend = rows_first(residual, rows.shape[0], up.shape[0])
-        out_dtype = dtype if addend is None else torch.promote_types(dtype, addend.dtype)
+        out_dtype = dtype
+        if addend is not None and addend.dtype != dtype:
+            out_dtype = torch.promote_types(dtype, addend.dtype)
         args = (
             rows, addend, down, down_bias, up, up_bias, scale, factor, activation, threshold, seed,
             dtype, out_dtype,
         )  # fmt: skip
-        dispatched = _registry.must_dispatch((x, *tensors))
-        ctx.backend = None if dispatched else FORWARD.select(*args)
-        run = FORWARD.registered if ctx.backend is None else ctx.backend.run
+        if _registry.must_dispatch((x, *tensors) if backend is None else ()):
+            ctx.backend, run = None, FORWARD.registered
+        else:
+            ctx.backend = FORWARD.select(*args) if backend is None else backend
+            run = ctx.backend.run
         y, z = run(*args)
         ctx.save_for_backward(x, z, seed, down, down_bias, up, up_bias, scale)
         ctx.set_materialize_grads(False)
         ctx.saved_bytes = x.nbytes + z.nbytes
         ctx.facts, ctx.needs = facts, ctx.needs_input_grad[2:]
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.residual_dtype = None if residual is None else residual.dtype
         return output_shaped(y, (*x.shape[:-1], up.shape[0]))
 
     @staticmethod
@@ -130,13 +143,13 @@ class _Bottleneck(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> Any:
         if dy is None:
             return (None,) * 9
-        x, z, seed, down, down_bias, up, up_bias, scale = ctx.saved_tensors
-        factor, activation, threshold, dtype, residual_is_x = ctx.facts
+        x, z, seed, *tensors = ctx.saved_tensors
+        factor, activation, threshold, dtype, residual_is_x, _ = ctx.facts
         need_x, need_residual, *rest = ctx.needs
         needs = [need_x, *rest]
         rows = rows_first(x, z.shape[0], x.shape[-1])
         args = (
-            rows_first(dy, z.shape[0], up.shape[0]), rows, z, down, down_bias, up, up_bias, scale,
+            rows_first(dy, z.shape[0], tensors[2].shape[0]), rows, z, *tensors,
             factor, activation, threshold, seed, dtype, residual_is_x, needs,
         )  # fmt: skip
         run = BACKWARD.registered
@@ -144,13 +157,13 @@ class _Bottleneck(torch.autograd.Function):
             run = BACKWARD.backends[ctx.backend.name].run
         grads = iter(run(*args))
         dx, *others = [next(grads) if flag else None for flag in needs]
-        residual_dtype, *dtypes = ctx.dtypes
-        others = [
-            None if grad is None else grad.to(kind)
-            for grad, kind in zip(others, dtypes, strict=True)
-        ]
-        dresidual = dy.to(residual_dtype) if need_residual else None
-        return None, None, None if dx is None else dx.view(x.shape), dresidual, *others
+        for i, (grad, tensor) in enumerate(zip(others, tensors, strict=True)):
+            if grad is not None and grad.dtype != tensor.dtype:
+                others[i] = grad.to(tensor.dtype)
+        if dx is not None and dx.shape != x.shape:
+            dx = dx.view(x.shape)
+        dresidual = dy.to(ctx.residual_dtype) if need_residual else None
+        return None, None, dx, dresidual, *others
 
 
 def bottleneck(
@@ -192,32 +205,79 @@ def bottleneck(
 
     Source: Houlsby et al. (2019), Parameter-efficient transfer learning for NLP.
     """
-    _validate(x, down, up, down_bias, up_bias, residual, activation, scale)
+    factor, columns = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
+    same = residual is x
+    tensors = (None if same else residual, down, down_bias, up, up_bias, columns)
+    dtype, backend = _checked(x, tensors, residual, activation, scale)
     threshold = _dropout.threshold(dropout_p)
     if threshold and seed is None:
         seed = _dropout.draw_seed(x.device)
-    dtype = compute_dtype(x, down, up)
-    factor = 1.0 if isinstance(scale, Tensor) else float(scale)
-    columns = scale if isinstance(scale, Tensor) else None
-    same = residual is x
     if _torch.in_functorch():
         return _in_functorch(
-            x, residual, down, down_bias, up, up_bias, columns, factor, activation, threshold, seed,
-            dtype,
+            x, residual, down, down_bias, up, up_bias, columns, float(factor), activation,
+            threshold, seed, dtype,
         )  # fmt: skip
-    facts = (factor, activation, threshold, dtype, same)
-    addend = None if same else residual
-    tensors = (addend, down, down_bias, up, up_bias, columns)
+    facts = (float(factor), activation, threshold, dtype, same, backend)
     y: Tensor = _Bottleneck.apply(facts, seed, x, *tensors)  # type: ignore[no-untyped-call]
     return y
+
+
+_known: dict[tuple[Any, ...], tuple[torch.dtype, _registry.Backend | None]] = {}
+_MOST_KNOWN = 1024
+
+
+def _checked(
+    x: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    activation: str,
+    scale: float | Tensor,
+) -> tuple[torch.dtype, _registry.Backend | None]:
+    """The compute dtype and, for a CPU, the backend. Remembered by all that they and the checks
+    depend on: for a small adapter these take as long as its kernels.
+    """
+    key = None
+    if not torch.compiler.is_compiling() and _torch.all_plain((x, *tensors)):
+        key = _key(x, tensors, residual is x, activation, scale)
+        found = _known.get(key)
+        if found is not None:
+            return found
+    _, down, down_bias, up, up_bias, _ = tensors
+    _validate(x, down, up, down_bias, up_bias, residual, activation, scale)
+    dtype = compute_dtype(x, down, up)  # type: ignore[arg-type]
+    if key is None:
+        return dtype, None
+    backend = None
+    if x.is_cpu and _registry.forced_backend() is None:
+        backend = FORWARD.select(x, *tensors)  # what these are decides, not their order
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[key] = dtype, backend
+    return dtype, backend
+
+
+def _key(
+    x: Tensor, tensors: tuple[Tensor | None, ...], same: bool, activation: Any, scale: Any
+) -> tuple[Any, ...]:
+    autocast = _torch.autocast_dtype(x.device.type)
+    name = activation if isinstance(activation, str) else None
+    key: list[Any] = [name, type(scale), same, _registry.forced_backend(), autocast]
+    for tensor in (x, *tensors):
+        if tensor is None:
+            key.append(None)
+        else:
+            key += (tensor.shape, tensor.dtype, tensor.device)
+    return tuple(key)
 
 
 def compute_dtype(x: Tensor, down: Tensor, up: Tensor) -> torch.dtype:
     """The autocast dtype, or what the dtypes of the operands promote to."""
     dtype = _torch.autocast_dtype(x.device.type)
-    if dtype is None:
-        dtype = torch.promote_types(torch.promote_types(x.dtype, down.dtype), up.dtype)
-    return dtype
+    if dtype is not None:
+        return dtype
+    if x.dtype == down.dtype == up.dtype:
+        return x.dtype
+    return torch.promote_types(torch.promote_types(x.dtype, down.dtype), up.dtype)
 
 
 def _in_functorch(x: Tensor, residual: Tensor | None, down: Tensor, *rest: Any) -> Tensor:

@@ -40,6 +40,8 @@ class Limits:
         attention_scores: B x Hq x S x T.
         logits: rows x vocabulary of the head below a loss.
         bottleneck: input of a bottleneck adapter with a trained scale and without dropout.
+        bottleneck_weights: weights of one for each row of its input, where tiles take it whole:
+            beyond, torch's operations run.
         bottleneck_cuda: input of one on a GPU whose parameters have the dtype that it is computed
             in: kernels take 0.4 to 0.9 of torch's time at any size, the host 0.9 to 1.2 (H200).
             With others, which torch casts first, the host takes 0.7 to 1.0.
@@ -67,6 +69,7 @@ class Limits:
     logits: int = 1 << 18
     bottleneck: int = 1 << 21
     bottleneck_cuda: int = 1 << 25
+    bottleneck_weights: int = 1 << 11
     experts_fp32: int = 3 << 18
     experts_16bit: int = 7 << 19
     ia3: int = 1 << 20
@@ -190,15 +193,16 @@ def rope_too_small(q: Tensor, k: Tensor) -> bool:
 
 
 def bottleneck_not_faster(
-    x: Tensor, down: Tensor, dtype: torch.dtype, dropout_p: float, scaled: bool
+    x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype, dropout_p: float, scaled: bool
 ) -> bool:
     """True if torch's own operations are as fast for a bottleneck adapter. Around the vendor's
     products nothing is fused but a dropout or a trained scale: on a GPU that gains a tenth of the
-    kernels' time and costs twice the host's (H100, 8192 x 4096).
+    kernels' time and costs twice the host's (H100, 8192 x 4096). On a CPU with tiles a call packs
+    the weights, which takes rows to be worth it.
 
     Args:
         x: [*, K].
-        down: [R, K].
+        down, up: [R, K] and [H, R].
         dtype: that it is computed in.
         dropout_p: of the output.
         scaled: by a parameter.
@@ -211,6 +215,9 @@ def bottleneck_not_faster(
         return down.dtype == dtype and x.numel() < limits.bottleneck_cuda
     if dropout_p > 0:
         return False
+    whole = x.is_cpu and not torch.compiler.is_compiling()
+    if whole and _native.takes_bottleneck(x, down, up, dtype, None):
+        return down.numel() * x.shape[-1] > limits.bottleneck_weights * x.numel()
     if not scaled:
         return True
     return x.is_cpu and x.numel() < limits.bottleneck and _registry.forced_backend() is None

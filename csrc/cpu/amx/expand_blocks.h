@@ -206,21 +206,26 @@ struct Type {
   using type = T;
 };
 
-// Calls body with finish for the dtypes at hand, as a generic lambda of its arguments.
+// Calls body(Type<A>{}, Type<R>{}) with the elements of an addend (null: void) and of the output.
 template <typename Body>
-void with_finish(const ExpandTerms& terms, DType out, Body&& body) {
+void with_types(const Matrix* addend, DType out, Body&& body) {
   const auto for_output = [&](auto result) {
-    using R = typename decltype(result)::type;
-    const auto bound = [](auto addend) {
-      using A = typename decltype(addend)::type;
-      return [](auto&&... args) { finish<A, R>(static_cast<decltype(args)&&>(args)...); };
-    };
-    if (!terms.addend) return body(bound(Type<void>{}));
-    if (terms.addend->dtype == DType::kFloat32) return body(bound(Type<float>{}));
-    body(bound(Type<uint16_t>{}));
+    if (!addend) return body(Type<void>{}, result);
+    if (addend->dtype == DType::kFloat32) return body(Type<float>{}, result);
+    body(Type<uint16_t>{}, result);
   };
   if (out == DType::kFloat32) return for_output(Type<float>{});
   for_output(Type<uint16_t>{});
+}
+
+// Calls body with finish for the dtypes at hand, as a generic lambda of its arguments.
+template <typename Body>
+void with_finish(const ExpandTerms& terms, DType out, Body&& body) {
+  with_types(terms.addend, out, [&](auto addend, auto result) {
+    using A = typename decltype(addend)::type;
+    using R = typename decltype(result)::type;
+    body([](auto&&... args) { finish<A, R>(static_cast<decltype(args)&&>(args)...); });
+  });
 }
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA

@@ -25,40 +25,6 @@ void split_transposed(const float* t, int64_t rows, int64_t padded, int64_t row,
                  kLanes);
 }
 
-// Asks for a span of two rows that are staged some pairs later: their distance hides them from the
-// CPU's own prefetching.
-inline void prefetch_pair(const Matrix& x, int64_t row, int64_t col) {
-  constexpr int64_t kAhead = 24;
-  if (row + kAhead + 1 >= x.rows) return;
-  const char* first = reinterpret_cast<const char*>(row_of(x, row + kAhead) + col);
-  const char* second = first + 2 * x.stride;
-  _mm_prefetch(first, _MM_HINT_T0);
-  _mm_prefetch(first + kTileRowBytes, _MM_HINT_T0);
-  _mm_prefetch(second, _MM_HINT_T0);
-  _mm_prefetch(second + kTileRowBytes, _MM_HINT_T0);
-}
-
-// Interleaved tiles [step, 4, 16 pairs of rows, 16 columns, 2] of a span of x, kSumDepth rows.
-void stage_columns(const Matrix& x, const KeepMask& mask, int64_t row, int64_t steps, int64_t col,
-                   uint16_t* block) {
-  for (int64_t p = 0; p < steps * kTileSide; ++p) {
-    const int64_t m = row + 2 * p;
-    const uint64_t first = kept(x, mask, m, col), second = kept(x, mask, m + 1, col);
-    prefetch_pair(x, m, col);
-    uint16_t* to = block + p / kTileSide * 4 * kTileElements + p % kTileSide * kTileDepth;
-    const uint16_t* a = first ? row_of(x, m) + col : to;
-    const uint16_t* b = second ? row_of(x, m + 1) + col : to;
-    for (int half = 0; half < 2; ++half) {
-      const __m512i va = load_kept(a + half * kTileDepth, first >> (32 * half));
-      const __m512i vb = load_kept(b + half * kTileDepth, second >> (32 * half));
-      uint16_t* target = to + 2 * half * kTileElements;
-      const Interleaved both = interleave_lanes(va, vb);
-      _mm512_store_si512(target, both.lower);
-      _mm512_store_si512(target + kTileElements, both.upper);
-    }
-  }
-}
-
 // sums [16 ranks, kMaskSpan] += terms of t^T [step, 3] times the staged columns.
 void outer_block(const uint16_t* terms, const uint16_t* block, int64_t steps, float* sums) {
   for (int64_t two = 0; two < 4; two += 2) {

@@ -1,4 +1,5 @@
 // The kernels of AVX-512, with those that tiles make faster in their place.
+#include "amx/bottleneck.h"
 #include "amx/lora_linear.h"
 #include "attention.h"
 #include "simd.h"
@@ -14,6 +15,8 @@ const Kernels& table() {
     own.lora_expand = lora_expand;
     own.base_product = base_product;
     own.deep_product = deep_product;
+    own.bottleneck_forward = bottleneck_forward;
+    own.bottleneck_backward = bottleneck_backward;
     own.attention_forward = attention_forward;
     own.attention_backward = attention_backward;
     return own;

@@ -1,0 +1,134 @@
+"""A bottleneck adapter in bf16 on tiles, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fasttune._native._activation import activation_codes
+from fasttune._native._extension import DTYPE_CODES, cpu, matrix, threads
+from fasttune._native.base_product import has_base_product
+from fasttune._native.lora_linear import MAX_RANK, dropout_of
+
+_FEWEST_ROWS = 64  # below, a call is mostly the packing of the weights
+_ADDENDS = (torch.bfloat16, torch.float32)
+
+
+def takes_bottleneck(
+    x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype, wide: Tensor | None
+) -> bool:
+    """True if the kernels take x [*, K] and the weights [R, K] and [H, R], computed in ``dtype``;
+    ``wide`` is the residual, or the gradient of the output.
+    """
+    if dtype != torch.bfloat16 or x.dtype not in _ADDENDS or up.numel() == 0:
+        return False
+    if wide is not None and wide.dtype not in _ADDENDS:
+        return False
+    few = x.numel() < _FEWEST_ROWS * max(1, x.shape[-1])
+    return not few and down.shape[0] <= MAX_RANK and has_base_product()
+
+
+def bottleneck_forward(
+    x: Tensor,  # [M, K]
+    residual: Tensor | None,  # [M, H]
+    down: Tensor,  # [R, K]
+    down_bias: Tensor | None,  # [R]
+    up: Tensor,  # [H, R]
+    up_bias: Tensor | None,  # [H]
+    scale: Tensor | None,  # [1] or [H]
+    factor: float,
+    activation: str,
+    *,
+    seed: Tensor | None,
+    threshold: int,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y [M, H] = residual + keep * factor scale (act(z) U^T + b_U) in ``out_dtype``, rounded once,
+    and z [M, R] = x D^T + b_D.
+    """
+    x, down, up = _bf16(x), _bf16(down), _bf16(up)
+    down_bias, up_bias = _vector(down_bias), _vector(up_bias)
+    scale = _vector(scale if scale is None else scale.expand(up.shape[0]))
+    rows = x.shape[0]
+    z = torch.empty(rows, down.shape[0], dtype=torch.bfloat16)
+    y = torch.empty(rows, up.shape[0], dtype=out_dtype)
+    cpu().bottleneck_forward(
+        matrix(x),
+        matrix(down),
+        matrix(up),
+        _flat(down_bias),
+        _code(activation),
+        factor,
+        dropout_of(seed, threshold, 0, 0),
+        None if residual is None else matrix(residual),
+        _flat(up_bias),
+        _flat(scale),
+        z.data_ptr(),
+        _flat(y),
+        threads(),
+    )
+    return y, z
+
+
+def bottleneck_backward(
+    dy: Tensor,  # [M, H]
+    x: Tensor,  # [M, K]
+    z: Tensor,  # [M, R]
+    down: Tensor,  # [R, K]
+    up: Tensor,  # [H, R]
+    factor: float,
+    activation: str,
+    *,
+    seed: Tensor | None,
+    threshold: int,
+    residual_is_x: bool,
+    outer_factor: float,
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor | None]:
+    """With dz = factor (keep * dy) U act'(z): dx = dy or 0 + dz D, dz^T x, the sum of dz over the
+    rows, and outer_factor times (keep * dy)^T act(z) and the sum of keep * dy.
+
+    ``dtypes`` are those of the five; None for what is not wanted.
+    """
+    shapes = (x.shape, down.shape, down.shape[:1], up.shape, up.shape[:1])
+    found = [
+        None if dtype is None else torch.empty(shape, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    x, down, up, own = _bf16(x), _bf16(down), _bf16(up), _bf16(dy)
+    cpu().bottleneck_backward(
+        matrix(x),
+        matrix(down),
+        matrix(up),
+        _code(activation),
+        factor,
+        dropout_of(seed, threshold, 0, 0),
+        matrix(own),
+        z.data_ptr(),
+        matrix(dy) if residual_is_x else None,
+        outer_factor,
+        *map(_flat, found),
+        threads(),
+    )
+    return found
+
+
+def _bf16(x: Tensor) -> Tensor:
+    """x with adjacent columns; matrix refuses a negative bit, which a conversion resolves."""
+    if x.dtype != torch.bfloat16:
+        x = x.to(torch.bfloat16)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return x if x is None or (x.stride(0) == 1 and not x.is_neg()) else x.resolve_neg().contiguous()
+
+
+def _flat(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
+
+
+def _code(activation: str) -> int:
+    return -1 if activation == "identity" else activation_codes()[activation]
