@@ -105,7 +105,7 @@ def all_plain(tensors: Iterable[Tensor | None]) -> bool:
 
 def all_plain_or_meta(tensors: Iterable[Tensor | None]) -> bool:
     """True if every tensor is a plain Tensor or Parameter, with or without storage."""
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110, at every call of a layer: no generator
         if tensor is not None and type(tensor) not in _PLAIN_TYPES:
             return False
     return True

@@ -56,7 +56,7 @@ def output_shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
 def _fits(got: torch.Size, wanted: tuple[int | None, ...]) -> bool:
     if len(got) != len(wanted):
         return False
-    for i, size in enumerate(wanted):  # at every call of an op: no generator
+    for i, size in enumerate(wanted):  # noqa: SIM110, at every call of an op: no generator
         if size is not None and size != got[i]:
             return False
     return True

@@ -215,8 +215,9 @@ def bottleneck_not_faster(
         return down.dtype == dtype and x.numel() < limits.bottleneck_cuda
     if dropout_p > 0:
         return False
-    whole = x.is_cpu and not torch.compiler.is_compiling()
-    if whole and _native.takes_bottleneck(x, down, up, dtype, None):
+    if torch.compiler.is_compiling():
+        return True
+    if x.is_cpu and _native.takes_bottleneck(x, down, up, dtype, None):
         return down.numel() * x.shape[-1] > limits.bottleneck_weights * x.numel()
     if not scaled:
         return True

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.utils.parametrize import register_parametrization
 
+from fasttune import _native
 from fasttune._registry import use_backend
 from fasttune.nn import BottleneckAdapter
 from fasttune.nn import bottleneck as bottleneck_module
@@ -189,14 +190,42 @@ def test_what_is_fused_on_a_gpu(
     with FakeTensorMode():
         x = torch.empty(2, rows // 2, 4096, dtype=dtype, device="cuda")
         down = torch.empty(width, 4096, dtype=adapter, device="cuda")
+        up = torch.empty(4096, width, dtype=adapter, device="cuda")
     monkeypatch.setattr(policy, "limits", policy.Limits())
     capability = SimpleNamespace(major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: capability)
-    assert bottleneck_not_faster(x, down, dtype, 0.1, scaled=False) != fused
+    assert bottleneck_not_faster(x, down, up, dtype, 0.1, scaled=False) != fused
     with use_backend("triton"):
-        assert not bottleneck_not_faster(x, down, dtype, 0.1, scaled=False)
+        assert not bottleneck_not_faster(x, down, up, dtype, 0.1, scaled=False)
     capability.major = 7
-    assert bottleneck_not_faster(x, down, dtype, 0.1, scaled=False)
+    assert bottleneck_not_faster(x, down, up, dtype, 0.1, scaled=False)
+
+
+def test_where_tiles_take_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "limits", policy.Limits(bottleneck_weights=100))
+    down, up = torch.empty(8, 50), torch.empty(50, 8)
+    slow = [
+        bottleneck_not_faster(torch.empty(4, rows, 50), down, up, BF16, 0.0, scaled=False)
+        for rows in (1, 16)
+    ]
+    assert slow == [True, not _native.has_base_product()]
+    assert bottleneck_not_faster(torch.empty(64, 50), down, up, FP32, 0.0, scaled=False)
+    for answer in (False, True):
+        monkeypatch.setattr("fasttune._native.takes_bottleneck", lambda *_, own=answer: own)
+        for rows in (3, 4):  # 400 weights
+            x = torch.empty(rows, 50)
+            found = bottleneck_not_faster(x, down, up, BF16, 0.0, scaled=False)
+            assert found == (not answer or rows == 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"scaling": "channels"}])
+def test_it_compiles_as_one_graph(options: dict[str, Any]) -> None:
+    adapter = filled(**options).to(BF16).eval()
+    x = torch.randn(70, H, dtype=BF16)
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+    ours, plain = results(compiled, adapter, x), results(adapter, adapter, x)
+    for name, value in plain.items():
+        assert relative(ours[name], value) < 1e-2, name
 
 
 @pytest.mark.parametrize("change", ["lora", "hook", "forward", "parametrization", "quantized"])

@@ -21,11 +21,12 @@ from fasttune.ops import (
     _dropout,
     _gemm,
     attention,
+    bottleneck,
     lora_linear,
     lora_linear_group,
     lora_segmented,
 )
-from fasttune.testing.numerics import largest_error
+from fasttune.testing.numerics import check, largest_error
 
 AVAILABLE = _native.cpu().isa_available().split(",")
 TILES = [isa for isa in ("amx", "amxemulated") if isa in AVAILABLE]
@@ -625,6 +626,109 @@ assert torch.equal(down(256), small)
 large()
 assert t.eq(20000).all()
 """
+
+
+def adapter_operands(rows, features, outputs, rank):
+    torch.manual_seed(0)
+    shapes = {
+        "x": (rows, features), "residual": (rows, outputs), "down": (rank, features),
+        "up": (outputs, rank), "down_bias": (rank,), "up_bias": (outputs,),
+    }  # fmt: skip
+    drawn = {name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    return {name: value.bfloat16().requires_grad_() for name, value in drawn.items()}
+
+
+def adapter_results(given, dy, **options):
+    for leaf in given.values():
+        leaf.grad = None
+    y = bottleneck(*(given[name] for name in ("x", "down", "up")), **{
+        name: given[name] for name in ("residual", "down_bias", "up_bias")
+    }, **options)  # fmt: skip
+    y.backward(dy)
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in given.items()}}
+
+
+ADAPTERS = [
+    (64, 64, 64, 16, 0.0),
+    (65, 1, 1, 1, 0.0),
+    (70, 77, 45, 5, 0.1),
+    (300, 130, 1030, 33, 0.1),  # beyond 256 rows sums go on in memory
+    (96, 1024, 96, 40, 0.0),  # rows of x that share lines of the caches
+    (530, 96, 96, 256, 0.0),
+]
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize(("rows", "features", "outputs", "rank", "p"), ADAPTERS)
+def test_a_whole_bottleneck_adapter_is_as_exact_as_its_products(
+    rows, features, outputs, rank, p, isa, monkeypatch
+):
+    given = adapter_operands(rows, features, outputs, rank)
+    dy = torch.randn(rows, outputs).bfloat16()
+    options = {"activation": "silu", "scale": 0.75, "dropout_p": p, "seed": torch.tensor(7)}
+    with build(isa):
+        ours = adapter_results(given, dy, **options)
+        monkeypatch.setattr(_native, "takes_bottleneck", lambda *_: False)
+        theirs = adapter_results(given, dy, **options)
+    wide = {name: leaf.detach().double().requires_grad_() for name, leaf in given.items()}
+    exact = adapter_results(wide, dy.double(), **options)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)  # two ways, not one
+    for name, truth in exact.items():
+        check(name, ours[name], theirs[name], truth)
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_a_bottleneck_adapter_does_not_depend_on_the_threads(isa):
+    given, dy = adapter_operands(330, 200, 230, 24), torch.randn(330, 230).bfloat16()
+    runs = []
+    for count in (1, 2, 5):
+        with build(isa), threads(count):
+            runs.append(adapter_results(given, dy, dropout_p=0.1, seed=torch.tensor(7)))
+    assert all(torch.equal(runs[0][name], run[name]) for run in runs[1:] for name in run)
+
+
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("wanted", ["x", "residual", "down", "up", "down_bias", "up_bias"])
+def test_single_gradients_of_a_bottleneck_adapter(wanted, isa):
+    given, dy = adapter_operands(70, 64, 96, 16), torch.randn(70, 96).bfloat16()
+    with build(isa):
+        everything = adapter_results(given, dy)
+        for name, leaf in given.items():
+            leaf.requires_grad_(name == wanted)
+        alone = adapter_results(given, dy)
+    assert [name for name in given if alone[name] is not None] == [wanted]
+    assert torch.equal(alone[wanted], everything[wanted])
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_rows_beyond_the_last_one_add_nothing_that_is_not_finite(isa):
+    given = adapter_operands(65, 64, 64, 16)
+    with torch.no_grad():
+        given["up"][3, 5] = torch.inf
+    dy = torch.ones(65, 64).bfloat16()
+    dy[:, 3] = 0.0
+    dy[0, 3] = 1.0
+    with build(isa):
+        found = adapter_results(given, dy, activation="identity")
+    bad = ~found["down"].isfinite().all(dim=1)
+    assert bad.nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("isa", TILES)
+def test_which_bottleneck_adapters_are_taken(isa):
+    x, down, up = torch.randn(64, 40), torch.randn(8, 40), torch.randn(24, 8)
+    residual, half = torch.randn(64, 24), torch.float16
+    with build(isa):
+        takes = _native.takes_bottleneck
+        assert takes(x, down, up, torch.bfloat16, residual)
+        assert takes(x.bfloat16().view(4, 16, 40), down, up, torch.bfloat16, None)
+        assert not takes(x, down, up, torch.float32, residual)
+        assert not takes(x[:63], down, up, torch.bfloat16, None)
+        assert not takes(x.to(half), down, up, torch.bfloat16, None)
+        assert not takes(x, down, up, torch.bfloat16, residual.to(half))
+        assert not takes(x, torch.randn(257, 40), torch.randn(24, 257), torch.bfloat16, None)
+    with build("avx512"):
+        assert not _native.takes_bottleneck(x, down, up, torch.bfloat16, residual)
 
 
 @pytest.mark.parametrize("isa", TILES)

@@ -252,14 +252,17 @@ void differentiate(const float* results, const Matrix& z, float factor, int64_t 
   const int64_t left = z.cols - col, rows = std::min(kRowsOfBlock, z.rows - row);
   const int64_t step = col / kColumnsOfPanel;
   for (int64_t i = 0; i < kRowsOfBlock; ++i) {
-    const uint16_t* from = at(z, row + (i < rows ? i : 0), col);
-    const Lanes own = lanes_of(_mm512_maskz_loadu_epi16(i < rows ? lower_lanes(left) : 0u, from));
+    float* slope = slopes + i * kColumnsOfPanel;
+    float* value = values + i * kColumnsOfPanel;
+    if (i >= rows) {  // whatever the products gave
+      std::fill_n(slope, kColumnsOfPanel, 0.0f), std::fill_n(value, kColumnsOfPanel, 0.0f);
+      continue;
+    }
+    const Lanes own = lanes_of(_mm512_maskz_loadu_epi16(lower_lanes(left), at(z, row + i, col)));
     const float* sums = results + i * kColumnsOfPanel;
     const Jet low = A::jet(own.low), high = A::jet(own.high);
     const vf first = load(sums) * factor * low.slope;
     const vf second = load(sums + kLanes) * factor * high.slope;
-    float* slope = slopes + i * kColumnsOfPanel;
-    float* value = values + i * kColumnsOfPanel;
     store(slope, first), store(slope + kLanes, second);
     store(value, low.value), store(value + kLanes, high.value);
     _mm512_store_si512(row_of_step(dz, step, i), rounded(first, second));
