@@ -126,7 +126,8 @@ class BottleneckAdapter(nn.Module):
             return None
         if self.output_activation is not None or self.gate is not None:
             return None
-        down, up = self._modules["down"], self._modules["up"]  # a few times faster than attributes
+        modules: Any = self._modules  # a few times faster than attributes
+        down, up = modules["down"], modules["up"]
         if not (_is_plain(down) and _is_plain(up)):
             return None
         inner, outer = down._parameters, up._parameters
@@ -146,9 +147,10 @@ def _is_plain(layer: Any) -> bool:
     """Whether the layer is its weight and bias alone: not quantized, wrapped or hooked."""
     if type(layer) is not nn.Linear or _torch.hooked(layer):
         return False
-    weight = layer._parameters.get("weight")
-    plain = weight is not None and _torch.all_plain_or_meta((weight,))
-    return plain and bool(weight.is_floating_point())
+    weight: Any = layer._parameters.get("weight")
+    if weight is None or not _torch.all_plain_or_meta((weight,)):
+        return False
+    return bool(weight.is_floating_point())
 
 
 def _checked(name: str, activation: Activation) -> Activation:

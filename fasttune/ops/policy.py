@@ -51,6 +51,9 @@ class Limits:
         ia3_cast: the same where they differ from the vector in dtype, so that PEFT casts them.
         vera_rank: the largest rank (not the smallest call) of VeRA. Its gradient of the output's
             scale is a product of that rank here, where PEFT has kept the branch's output.
+        lora_rank: the largest rank of LoRA that pays off with few rows where products run on tiles,
+            for which fp32 factors are split into terms (Xeon with AMX).
+        lora_rows: rows for each rank from which larger ones do.
     """
 
     lora_dropout: int = 3 << 16
@@ -75,9 +78,14 @@ class Limits:
     ia3: int = 1 << 20
     ia3_cast: int = 1 << 18
     vera_rank: int = 128
+    lora_rank: int = 128
+    lora_rows: float = 2.5
 
 
-NO_LIMITS = replace(Limits(*(0 for _ in fields(Limits))), vera_rank=sys.maxsize)
+_ANY = sys.maxsize  # for what a limit allows at most
+NO_LIMITS = replace(
+    Limits(*(0 for _ in fields(Limits))), vera_rank=_ANY, lora_rank=_ANY, bottleneck_weights=_ANY
+)
 limits = Limits()  # tests on tiny models put NO_LIMITS here
 
 
@@ -108,6 +116,18 @@ def lora_not_faster(x: Tensor, outputs: int, dropouts: Sequence[float]) -> bool:
     else:
         limit = limits.lora_fp32 if x.dtype == torch.float32 else limits.lora_16bit
     return _elements(x, outputs) < limit and _registry.forced_backend() is None
+
+
+def lora_rank_not_faster(x: Tensor, rank: int, dropouts: Sequence[float]) -> bool:
+    """True if PEFT's own forward is as fast for a LoRA of this rank, its widest branch's."""
+    if rank <= limits.lora_rank or not x.is_cpu or _registry.forced_backend() is not None:
+        return False
+    if not _native.has_base_product():
+        return False
+    wide = x.dtype == torch.float32 and _torch.autocast_dtype("cpu") is None
+    if wide and not any(p > 0 for p in dropouts):
+        return True  # all products are the vendor's
+    return x.numel() < limits.lora_rows * rank * x.shape[-1]
 
 
 def vera_not_faster(x: Tensor, ranks: Sequence[int]) -> bool:

@@ -24,6 +24,7 @@ from fasttune.ops.lora_linear import apply_group
 from fasttune.ops.policy import (
     fast_backend_missing,
     lora_not_faster,
+    lora_rank_not_faster,
     lora_too_small,
 )
 from fasttune.patching import (
@@ -40,6 +41,9 @@ from fasttune.patching.session import EXCLUDED, Session
 from fasttune.reason import Reason
 
 KIND = "lora"
+_HIGH_RANK = Reason(
+    "the original forward is as fast for this rank and number of rows", expected=True
+)
 
 
 def patch_layers(session: Session) -> None:
@@ -85,7 +89,7 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
         and not assignment.anywhere()
         and (
             guard.is_small(record, x, lora_too_small, layer.out_features)
-            or _is_small_without_dropout(layer, record, x)
+            or _is_slower(layer, record, x)
         )
     ):
         record.mixed = False
@@ -117,26 +121,33 @@ def _forward(layer: Any, original: Any, x: Tensor, *args: Any, **kwargs: Any) ->
     return original(layer, x, *args, **kwargs)
 
 
-def _is_small_without_dropout(layer: Any, record: state.ModuleState, x: Any) -> bool:
-    """Whether PEFT's forward is as fast because nothing is dropped; counted if it is. It reads the
-    dropouts anew, because one that is added makes our forward the faster one.
+def _is_slower(layer: Any, record: state.ModuleState, x: Any) -> bool:
+    """Whether PEFT's forward is known to be as fast before the checks, because nothing is dropped
+    or for its rank; counted if it is. It reads dropouts and ranks anew, as one that is added may
+    make our forward the faster one.
     """
-    if type(x) is not Tensor or x.dtype not in FLOATS or not _has_adapter(layer):
+    if type(x) is not Tensor or x.dtype not in FLOATS:
+        return False
+    ranks = _active_ranks(layer)
+    if not ranks:
         return False
     dropouts = layer._modules["lora_dropout"]._modules.values() if layer.training else ()
-    if any([type(dropout) is not nn.Identity for dropout in dropouts]):
+    drops = any([type(dropout) is not nn.Identity for dropout in dropouts])
+    if not drops and lora_not_faster(x, layer.out_features, ()):
+        guard.count_small(record)
+    elif lora_rank_not_faster(x, max(ranks), (1.0,) if drops else ()):
+        state.note_fallback(record, _HIGH_RANK)
+    else:
         return False
-    if not lora_not_faster(x, layer.out_features, ()):
-        return False
-    guard.count_small(record)
     record.known = None  # it keeps tensors alive that the layer may have parted with
     return True
 
 
-def _has_adapter(layer: Any) -> bool:
-    """Whether an active adapter is the layer's: without one it may be a member of a group."""
+def _active_ranks(layer: Any) -> list[int]:
+    """Of the active adapters that are the layer's: without one it may be a member of a group."""
     active, own = layer._active_adapter, layer._modules["lora_A"]._modules
-    return any([name in own for name in ([active] if isinstance(active, str) else active)])
+    names = [active] if isinstance(active, str) else active
+    return [layer.r[name] for name in names if name in own]
 
 
 def _fused(layer: nn.Module, x: Tensor, projection: LoraProjection) -> Tensor:
@@ -220,10 +231,13 @@ def _why_not_faster(layer: Any, x: Tensor, projection: LoraProjection) -> Reason
     """Why PEFT's forward is as fast for a layer that can be fused, or None."""
     if lora_too_small(x, layer.out_features):
         return guard.TOO_SMALL
-    if x.is_cpu and lora_not_faster(
-        x, layer.out_features, [branch.dropout_p for branch in projection.branches]
-    ):
-        return guard.TOO_SMALL
+    if x.is_cpu:
+        dropouts = [branch.dropout_p for branch in projection.branches]
+        if lora_not_faster(x, layer.out_features, dropouts):
+            return guard.TOO_SMALL
+        ranks = [branch.a.shape[0] for branch in projection.branches]
+        if ranks and lora_rank_not_faster(x, max(ranks), dropouts):
+            return _HIGH_RANK
     missing = fast_backend_missing(x.device.type)
     return None if missing is None else Reason(missing)
 

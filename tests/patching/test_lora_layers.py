@@ -335,6 +335,34 @@ def test_the_original_path_runs_where_it_is_faster(rows, dropout, dtype, fused):
 
 
 @pytest.mark.limits
+@pytest.mark.parametrize(
+    ("rank", "rows", "dropout", "dtype", "fused"),
+    [
+        (256, 512, 0.0, torch.bfloat16, False),
+        (256, 512, 0.1, torch.bfloat16, False),
+        (256, 640, 0.0, torch.bfloat16, True),
+        (128, 512, 0.0, torch.bfloat16, True),
+        (256, 1280, 0.0, torch.float32, False),
+        (256, 1280, 0.1, torch.float32, True),
+    ],
+)
+def test_a_high_rank_takes_rows_where_products_run_on_tiles(
+    rank, rows, dropout, dtype, fused, monkeypatch
+):
+    from tiny_models import with_lora
+
+    for tiles in (True, False):
+        monkeypatch.setattr("fasttune._native.has_base_product", lambda own=tiles: own)
+        base = nn.Sequential(nn.Linear(768, 768)).to(dtype)
+        model = with_lora(base, r=rank, target_modules=["0"], lora_dropout=dropout).train()
+        fasttune.patch(model, kinds={"lora"}, strict=True)
+        model(torch.randn(rows, 768, dtype=dtype))
+        layer = next(iter(fasttune.explain(model).layers))
+        assert layer.path == ("fused" if fused or not tiles else "original")
+        assert layer.path == "fused" or "this rank" in next(iter(layer.fallbacks))
+
+
+@pytest.mark.limits
 def test_a_tiny_model_is_left_to_torch_bit_for_bit(make_lora_model, batch):
     model = make_lora_model(lora_dropout=0.0)
     stock = copy.deepcopy(model)
