@@ -130,6 +130,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("has_fast_bf16_dot", &has_fast_bf16_dot);
 
   m.attr("DEEP_SUMS") = kDeepSums;
+  m.attr("LANES") = kLanes;
   m.attr("SUM_ROWS") = kSumRows;
   m.attr("ACTIVATIONS") = py::tuple(py::cast(std::vector<std::string>(
       std::begin(kActivationNames), std::end(kActivationNames))));  // by code
@@ -218,7 +219,7 @@ PYBIND11_MODULE(_cpu, m) {
         const Matrix columns = flat(scale, up.rows);
         kernels().bottleneck_forward(
             {x, down, up, given(inner), activation, factor, dropout}, residual, given(outer),
-            given(columns), {pointer<void>(z), x.rows, down.rows, down.rows, DType::kBFloat16},
+            given(columns), {pointer<void>(z), x.rows, down.rows, down.rows, x.dtype},
             {pointer<void>(y.first), x.rows, up.rows, up.rows, static_cast<DType>(y.second)},
             threads);
       },
@@ -241,8 +242,7 @@ PYBIND11_MODULE(_cpu, m) {
                             own_up_bias = flat(dup_bias, 1, up.rows);
         kernels().bottleneck_backward(
             {x, down, up, nullptr, activation, factor, dropout}, dy,
-            {pointer<const void>(z), x.rows, down.rows, down.rows, DType::kBFloat16}, addend,
-            outer_factor,
+            {pointer<const void>(z), x.rows, down.rows, down.rows, x.dtype}, addend, outer_factor,
             {wanted(own_dx), wanted(own_down), wanted(own_down_bias), wanted(own_up),
              wanted(own_up_bias)},
             threads);

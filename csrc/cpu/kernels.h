@@ -41,7 +41,8 @@ struct Reduction {
   float* out;       // [M, R]
 };
 
-// A bottleneck adapter with operands in bf16, R <= kMaxRank: x [M, K], D [R, K], U [H, R].
+// A bottleneck adapter: x [M, K], D [R, K], U [H, R], R <= kMaxRank. All in fp32, with R a multiple
+// of kLanes, weights without gaps and no dropout; or, in builds with tiles, in bf16.
 struct Bottleneck {
   const Matrix &x, &down, &up;
   const Matrix* down_bias;  // [1, R] or null, of any dtype
@@ -222,14 +223,14 @@ struct Kernels {
   void (*deep_product)(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
                        float* partial, int threads);
 
-  // z [M, R] bf16 = x D^T + b_D and y [M, H] = residual + keep * factor scale (act(z) U^T + b_U),
+  // z [M, R] = x D^T + b_D and y [M, H] = residual + keep * factor scale (act(z) U^T + b_U),
   // rounded once; residual, of y's dtype or fp32, up_bias and scale [1, H] of any dtype or null.
-  // Null as above.
+  // z has x's dtype.
   void (*bottleneck_forward)(const Bottleneck& adapter, const Matrix* residual,
                              const Matrix* up_bias, const Matrix* scale, const MutableMatrix& z,
                              const MutableMatrix& y, int threads);
   // With dz = factor (keep * dy) U act'(z): dx = addend + dz D, dD = dz^T x, dU = outer_factor
-  // (keep * dy)^T act(z), and the sums over the rows. dy and z are bf16.
+  // (keep * dy)^T act(z), and the sums over the rows. dy and z have x's dtype.
   void (*bottleneck_backward)(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
                               const Matrix* addend, float outer_factor,
                               const BottleneckGradients& gradients, int threads);

@@ -2,6 +2,7 @@
 #include "adamw.h"
 #include "attention.h"
 #include "bias_activation.h"
+#include "bottleneck.h"
 #include "glu.h"
 #include "ia3_scale.h"
 #include "layer_norm.h"
@@ -27,8 +28,8 @@ const Kernels& table() {
                                lora_expand,
                                nullptr,  // base_product
                                nullptr,  // deep_product
-                               nullptr,  // bottleneck_forward
-                               nullptr,  // bottleneck_backward
+                               bottleneck_forward,
+                               bottleneck_backward,
                                scaled_sum,
                                ia3_scale_backward,
                                scaled_glu_forward,

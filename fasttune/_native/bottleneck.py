@@ -1,4 +1,4 @@
-"""A bottleneck adapter in bf16 on tiles, whole."""
+"""A whole bottleneck adapter in C++."""
 
 from __future__ import annotations
 
@@ -10,24 +10,34 @@ from torch import Tensor
 from fasttune._native._activation import activation_codes
 from fasttune._native._extension import DTYPE_CODES, cpu, matrix, threads
 from fasttune._native.base_product import has_base_product
-from fasttune._native.lora_linear import MAX_RANK, dropout_of
+from fasttune._native.lora_linear import MAX_RANK, VENDOR_RANK, dropout_of
 
-_FEWEST_ROWS = 64  # below, a call is mostly the packing of the weights
+_FEWEST_ROWS = 64  # on tiles: below, a call is mostly the packing of the weights
 _ADDENDS = (torch.bfloat16, torch.float32)
 
 
 def takes_bottleneck(
-    x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype, wide: Tensor | None
+    x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype, wide: Tensor | None, threshold: int
 ) -> bool:
     """True if the kernels take x [*, K] and the weights [R, K] and [H, R], computed in ``dtype``;
     ``wide`` is the residual, or the gradient of the output.
+
+    In bf16 tiles take it; in fp32 LoRA's products, where they are no slower than the vendor's.
     """
-    if dtype != torch.bfloat16 or x.dtype not in _ADDENDS or up.numel() == 0:
+    rank = down.shape[0]
+    if up.numel() == 0 or rank > MAX_RANK:
+        return False
+    if dtype == torch.float32:
+        if rank % cpu().LANES or rank >= VENDOR_RANK or threshold:
+            return False
+        same = x.dtype == down.dtype == up.dtype == dtype
+        return same and (wide is None or wide.dtype == dtype)
+    if dtype != torch.bfloat16 or x.dtype not in _ADDENDS:
         return False
     if wide is not None and wide.dtype not in _ADDENDS:
         return False
     few = x.numel() < _FEWEST_ROWS * max(1, x.shape[-1])
-    return not few and down.shape[0] <= MAX_RANK and has_base_product()
+    return not few and has_base_product()
 
 
 def bottleneck_forward(
@@ -43,16 +53,17 @@ def bottleneck_forward(
     *,
     seed: Tensor | None,
     threshold: int,
+    dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y [M, H] = residual + keep * factor scale (act(z) U^T + b_U) in ``out_dtype``, rounded once,
-    and z [M, R] = x D^T + b_D.
+    and z [M, R] = x D^T + b_D in ``dtype``, that of the operands.
     """
-    x, down, up = _bf16(x), _bf16(down), _bf16(up)
+    x, down, up = _rows(x, dtype), _whole(down, dtype), _whole(up, dtype)
     down_bias, up_bias = _vector(down_bias), _vector(up_bias)
     scale = _vector(scale if scale is None else scale.expand(up.shape[0]))
     rows = x.shape[0]
-    z = torch.empty(rows, down.shape[0], dtype=torch.bfloat16)
+    z = torch.empty(rows, down.shape[0], dtype=dtype)
     y = torch.empty(rows, up.shape[0], dtype=out_dtype)
     cpu().bottleneck_forward(
         matrix(x),
@@ -97,7 +108,8 @@ def bottleneck_backward(
         None if dtype is None else torch.empty(shape, dtype=dtype)
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
-    x, down, up, own = _bf16(x), _bf16(down), _bf16(up), _bf16(dy)
+    dtype, z = z.dtype, z.contiguous()
+    x, down, up, own = _rows(x, dtype), _whole(down, dtype), _whole(up, dtype), _rows(dy, dtype)
     cpu().bottleneck_backward(
         matrix(x),
         matrix(down),
@@ -115,11 +127,12 @@ def bottleneck_backward(
     return found
 
 
-def _bf16(x: Tensor) -> Tensor:
-    """x with adjacent columns; matrix refuses a negative bit, which a conversion resolves."""
-    if x.dtype != torch.bfloat16:
-        x = x.to(torch.bfloat16)
-    return x if x.stride(1) == 1 else x.contiguous()
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.contiguous() if weight.dtype == dtype else weight.to(dtype).contiguous()
 
 
 def _vector(x: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""bottleneck on a CPU: whole in C++ on tiles, and products around kernels otherwise."""
+"""bottleneck on a CPU: whole in C++, or the vendor's products and kernels around them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The arguments of ``_bottleneck_products.forward_with`` but for the primitives."""
     x, residual, down, down_bias, up, up_bias, scale, factor, *facts = args
     activation, threshold, seed, dtype, out_dtype = facts
-    if not _native.takes_bottleneck(x, down, up, dtype, residual):
+    if not _native.takes_bottleneck(x, down, up, dtype, residual, threshold):
         return _bottleneck_products.forward_with(_native, *args)
     return _native.bottleneck_forward(
         x, residual, down, down_bias, up, up_bias, scale,
         factor * _dropout.keep_scale(threshold), activation, seed=seed, threshold=threshold,
-        out_dtype=out_dtype,
+        dtype=dtype, out_dtype=out_dtype,
     )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def backward(*args: Any) -> list[Tensor]:
     """The arguments of ``_bottleneck_products.backward_with`` but for the primitives."""
     dy, x, z, down, down_bias, up, up_bias, scale, factor, *facts = args
     activation, threshold, seed, dtype, residual_is_x, needs = facts
-    if not _native.takes_bottleneck(x, down, up, dtype, dy):
+    if not _native.takes_bottleneck(x, down, up, dtype, dy, threshold):
         return _bottleneck_products.backward_with(_native, *args)
     need_x, need_down, need_down_bias, need_up, need_up_bias, need_scale = needs
     whole = factor * _dropout.keep_scale(threshold)

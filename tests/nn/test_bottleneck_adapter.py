@@ -202,7 +202,8 @@ def test_what_is_fused_on_a_gpu(
 
 
 def test_where_tiles_take_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "limits", policy.Limits(bottleneck_weights=100))
+    limits = policy.Limits(bottleneck_weights=100, bottleneck_rows=4)
+    monkeypatch.setattr(policy, "limits", limits)
     down, up = torch.empty(8, 50), torch.empty(50, 8)
     slow = [
         bottleneck_not_faster(torch.empty(4, rows, 50), down, up, BF16, 0.0, scaled=False)
@@ -210,12 +211,14 @@ def test_where_tiles_take_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert slow == [True, not _native.has_base_product()]
     assert bottleneck_not_faster(torch.empty(64, 50), down, up, FP32, 0.0, scaled=False)
-    for answer in (False, True):
+    for answer, tiles in ((False, True), (True, False), (True, True)):
         monkeypatch.setattr("fasttune._native.takes_bottleneck", lambda *_, own=answer: own)
+        monkeypatch.setattr("fasttune._native.has_base_product", lambda own=tiles: own)
         for rows in (3, 4):  # 400 weights
-            x = torch.empty(rows, 50)
-            found = bottleneck_not_faster(x, down, up, BF16, 0.0, scaled=False)
-            assert found == (not answer or rows == 3)
+            for dtype in (BF16, FP32):
+                x = torch.empty(rows, 50)
+                found = bottleneck_not_faster(x, down, up, dtype, 0.0, scaled=False)
+                assert found == (not (answer and tiles) or rows == 3)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"scaling": "channels"}])

@@ -720,15 +720,15 @@ def test_which_bottleneck_adapters_are_taken(isa):
     residual, half = torch.randn(64, 24), torch.float16
     with build(isa):
         takes = _native.takes_bottleneck
-        assert takes(x, down, up, torch.bfloat16, residual)
-        assert takes(x.bfloat16().view(4, 16, 40), down, up, torch.bfloat16, None)
-        assert not takes(x, down, up, torch.float32, residual)
-        assert not takes(x[:63], down, up, torch.bfloat16, None)
-        assert not takes(x.to(half), down, up, torch.bfloat16, None)
-        assert not takes(x, down, up, torch.bfloat16, residual.to(half))
-        assert not takes(x, torch.randn(257, 40), torch.randn(24, 257), torch.bfloat16, None)
+        assert takes(x, down, up, torch.bfloat16, residual, 0)
+        assert takes(x.bfloat16().view(4, 16, 40), down, up, torch.bfloat16, None, 0)
+        assert not takes(x, down, up, torch.float32, residual, 0)
+        assert not takes(x[:63], down, up, torch.bfloat16, None, 0)
+        assert not takes(x.to(half), down, up, torch.bfloat16, None, 0)
+        assert not takes(x, down, up, torch.bfloat16, residual.to(half), 0)
+        assert not takes(x, torch.randn(257, 40), torch.randn(24, 257), torch.bfloat16, None, 0)
     with build("avx512"):
-        assert not _native.takes_bottleneck(x, down, up, torch.bfloat16, residual)
+        assert not _native.takes_bottleneck(x, down, up, torch.bfloat16, residual, 0)
 
 
 @pytest.mark.parametrize("isa", TILES)

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from fasttune import _native
 from fasttune.ops import bottleneck
 from fasttune.ops.bottleneck import BACKWARD, FORWARD
 from fasttune.testing.conformance import backend
+from fasttune.testing.numerics import check
 
 
 def tensors() -> dict[str, Tensor]:
@@ -42,6 +44,52 @@ def test_masks_are_the_same_in_every_backend(dtype: torch.dtype) -> None:
             outputs.append(call(**given, dropout_p=0.5, seed=seed) == 0)
     assert 0.4 < outputs[0].float().mean() < 0.6
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("wanted", [None, "x", "residual", "down", "up", "down_bias", "up_bias"])
+@pytest.mark.parametrize("activation", ["gelu", "identity"])
+def test_a_whole_adapter_in_fp32_is_as_exact_as_its_products(
+    wanted: str | None, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    shapes = {
+        "x": (70, 45), "down": (32, 45), "up": (77, 32), "down_bias": (32,), "up_bias": (77,),
+        "residual": (70, 77), "scale": (77,),
+    }  # fmt: skip
+    given = {name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    if wanted is None:
+        del given["residual"]
+    dy = torch.randn(70, 77)
+
+    def results(dtype: torch.dtype) -> dict[str, Tensor]:
+        own = {
+            name: t.to(dtype).requires_grad_(wanted in (None, name)) for name, t in given.items()
+        }
+        y = call(**own, activation=activation)
+        y.backward(dy.to(dtype))
+        grads = {name: t.grad for name, t in own.items() if t.grad is not None}
+        return {"y": y.detach(), **grads}
+
+    assert _native.takes_bottleneck(given["x"], given["down"], given["up"], torch.float32, None, 0)
+    ours, exact = results(torch.float32), results(torch.float64)
+    monkeypatch.setattr(_native, "takes_bottleneck", lambda *_: False)
+    theirs = results(torch.float32)
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)  # two ways, not one
+    for name, truth in exact.items():
+        check(name, ours[name], theirs[name], truth)
+
+
+def test_which_adapters_are_computed_whole_in_fp32() -> None:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    x, down, up = torch.randn(3, 20), torch.randn(16, 20), torch.randn(24, 16)
+    takes = _native.takes_bottleneck
+    assert takes(x, down, up, fp32, torch.randn(3, 24), 0)
+    assert not takes(x, down, up, fp32, None, 6554)  # dropout
+    assert not takes(x, down, up, fp32, torch.randn(3, 24).to(bf16), 0)
+    assert not takes(x.to(bf16), down, up, fp32, None, 0)
+    assert not takes(x, torch.randn(17, 20), torch.randn(24, 17), fp32, None, 0)
+    assert not takes(x, torch.randn(64, 20), torch.randn(24, 64), fp32, None, 0)  # the vendor's
+    assert not takes(x, down, torch.randn(0, 16), fp32, None, 0)
 
 
 def test_the_residual_may_be_x_or_its_copy() -> None:

@@ -4,11 +4,8 @@
 // Floor, forward: x and the residual read, y written, 2 M (2 K + H) bytes or less; backward 2 M
 // (3 K + 2 H). 12 M K R operations at 16 cycles for each 16 x 16 x 32: below R = 64 or so memory
 // binds. What is R wide stays in a thread's caches; weights are packed once for all threads.
-#include "amx/bottleneck.h"
+#include "bottleneck.h"
 
-#include <vector>
-
-#include "activation.h"
 #include "amx/long_sums.h"
 #include "amx/packing.h"
 #include "threads.h"
@@ -19,34 +16,6 @@ namespace {
 constexpr int64_t kChunkBytes = 512 << 10;  // of rows that share the panels of a weight
 
 inline int64_t steps_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
-
-// A vector [1, n] of any dtype as fp32, or null.
-class Vector {
- public:
-  explicit Vector(const Matrix* given) : data_(given ? given->cols : 0) {
-    if (given)
-      with_element(given->dtype, [&](auto element) {
-        using E = decltype(element);
-        for (int64_t i = 0; i < given->cols; ++i)
-          data_[i] = E::load_one(static_cast<const typename E::type*>(given->data) + i);
-      });
-  }
-  const float* data() const { return data_.empty() ? nullptr : data_.data(); }
-
- private:
-  std::vector<float> data_;
-};
-
-struct Identity {
-  static vf value(vf x) { return x; }
-  static Jet jet(vf x) { return {x, splat(1.0f)}; }
-};
-
-template <typename Body>
-void with_activation_or_none(int activation, Body&& body) {
-  if (activation < 0) return body(Identity{});
-  with_activation(static_cast<Activation>(activation), body);
-}
 
 // A weight of `cols` columns as panels [panel, step, 2 tiles]; it lies as [depth, cols] or, if
 // transposed, as [cols, depth].
@@ -366,6 +335,8 @@ void outer(const Matrix& wide, const Turned* thin, const KeepMask& mask, int64_t
 void bottleneck_forward(const Bottleneck& adapter, const Matrix* residual, const Matrix* up_bias,
                         const Matrix* scale, const MutableMatrix& z, const MutableMatrix& y,
                         int threads) {
+  if (adapter.x.dtype != DType::kBFloat16)
+    return avx512::table().bottleneck_forward(adapter, residual, up_bias, scale, z, y, threads);
   const Vector down_bias(adapter.down_bias), added(up_bias), scales(scale);
   const KeepMask mask(adapter.dropout), keep_all(Dropout{});
   const Rows rows(adapter.x, keep_all);
@@ -420,6 +391,9 @@ void bottleneck_forward(const Bottleneck& adapter, const Matrix* residual, const
 void bottleneck_backward(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
                          const Matrix* addend, float outer_factor,
                          const BottleneckGradients& gradients, int threads) {
+  if (adapter.x.dtype != DType::kBFloat16)
+    return avx512::table().bottleneck_backward(adapter, dy, z, addend, outer_factor, gradients,
+                                               threads);
   Dropout dropout = adapter.dropout;
   std::vector<uint64_t> bits;  // drawn once for both reads of dy
   if (dropout.threshold != 0) {

@@ -1,7 +1,7 @@
 // The kernels of AVX-512, with those that tiles make faster in their place.
-#include "amx/bottleneck.h"
 #include "amx/lora_linear.h"
 #include "attention.h"
+#include "bottleneck.h"
 #include "simd.h"
 
 namespace fasttune::cpu::FASTTUNE_ISA {
