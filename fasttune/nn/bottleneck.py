@@ -15,7 +15,7 @@ from fasttune.ops import bottleneck
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops._dropout import threshold
 from fasttune.ops.bottleneck import BOTTLENECK_ACTIVATIONS, compute_dtype
-from fasttune.ops.policy import bottleneck_not_faster
+from fasttune.ops.policy import bottleneck_not_faster, bottleneck_too_few
 
 # Other names of transformers and of the adapters library.
 _ALIASES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -50,11 +50,11 @@ class BottleneckAdapter(nn.Module):
         TypeError: an argument of another type.
 
     The op :func:`fasttune.ops.bottleneck` computes it where there is something to gain: on a GPU in
-    16 bits up to 128 wide, if the parameters have another dtype or the input is large; on a CPU with
-    AMX in bf16, and in fp32 for many rows of a narrow one; on other CPUs with dropout, or with a
-    trained scale of a large input (fasttune/ops/policy.py). Otherwise, and
-    where ``down`` or ``up`` is no plain linear layer any more, it is four or five operations of
-    torch, which run as they are.
+    16 bits up to 128 wide, if the parameters have another dtype or the input is large; on a CPU
+    with AMX in bf16, and in fp32 for many rows of a narrow one; on other CPUs with dropout, or with
+    a trained scale of a large input (fasttune/ops/policy.py). Otherwise, and where ``down`` or
+    ``up`` is no plain linear layer any more, it is four or five operations of torch, which run as
+    they are.
 
     Source: Houlsby et al. (2019); Pfeiffer et al. (2020); AdapterPlus (Steitz and Roth, 2024).
     """
@@ -99,7 +99,8 @@ class BottleneckAdapter(nn.Module):
         residual = x if residual is None else residual
         dropout = self.dropout if self.training else 0.0
         inner = x if self.norm is None else self.norm(x)
-        own = self._parameters_of_products()
+        few = bottleneck_too_few(x, dropout, self.scale is not None)
+        own = None if few else self._parameters_of_products()
         if own is not None and not self._slow(x, own[0], own[2], dropout):
             down, down_bias, up, up_bias = own
             return bottleneck(

@@ -216,6 +216,17 @@ def rope_too_small(q: Tensor, k: Tensor) -> bool:
     return q.is_cpu and q.numel() + k.numel() < limits.rope and _registry.forced_backend() is None
 
 
+def bottleneck_too_few(x: Tensor, dropout_p: float, scaled: bool) -> bool:
+    """True if :func:`bottleneck_not_faster` is, whatever the adapter's weights; cheap enough to ask
+    first: what it would ask takes 4 to 7 % of a small adapter.
+    """
+    if dropout_p > 0 or scaled or x.dtype != torch.float32 or not x.is_cpu:
+        return False
+    if x.numel() >= limits.bottleneck_rows * x.shape[-1] or _torch.any_autocast():
+        return False
+    return torch.compiler.is_compiling() or _registry.forced_backend() is None
+
+
 def bottleneck_not_faster(
     x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype, dropout_p: float, scaled: bool
 ) -> bool:

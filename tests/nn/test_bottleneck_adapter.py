@@ -20,7 +20,7 @@ from fasttune._registry import use_backend
 from fasttune.nn import BottleneckAdapter
 from fasttune.nn import bottleneck as bottleneck_module
 from fasttune.ops import policy
-from fasttune.ops.policy import bottleneck_not_faster
+from fasttune.ops.policy import bottleneck_not_faster, bottleneck_too_few
 from fasttune.testing.accounting import count
 
 H, R = 24, 6
@@ -219,6 +219,13 @@ def test_where_tiles_take_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
                 x = torch.empty(rows, 50)
                 found = bottleneck_not_faster(x, down, up, dtype, 0.0, scaled=False)
                 assert found == (not (answer and tiles) or rows == 3)
+                few = bottleneck_too_few(x.to(dtype), 0.0, scaled=False)
+                assert few == (dtype == FP32 and rows == 3)
+    x = torch.empty(3, 50)
+    assert not bottleneck_too_few(x, 0.1, scaled=False)
+    assert not bottleneck_too_few(x, 0.0, scaled=True)
+    with torch.autocast("cpu", BF16):
+        assert not bottleneck_too_few(x, 0.0, scaled=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"scaling": "channels"}])
