@@ -45,19 +45,25 @@ constexpr int kRhsTerms = 1;
 template <>
 constexpr int kRhsTerms<__half> = 2;
 
-// Sum += lhs rhs, the smallest products first, and the sum rounded as in add_product_16x8x16; lhs
-// in terms, rhs a fragment of T.
+// Sum += lhs rhs, the smallest products first; lhs in terms, rhs a fragment of T.
 template <typename T>
 __device__ __forceinline__ void multiply_terms(float (&sum)[4], const uint32_t (&lhs)[3][4],
                                                const uint32_t (&rhs)[2], T) {
   uint32_t terms[kRhsTerms<T>][2];
   split_rhs(rhs, terms, T{});
-  float own[4] = {};
 #pragma unroll
   for (int right = kRhsTerms<T> - 1; right >= 0; --right)
 #pragma unroll
     for (int left = 2; left >= 0; --left)
-      multiply_16x8x16(own, lhs[left], terms[right], __nv_bfloat16{});
+      multiply_16x8x16(sum, lhs[left], terms[right], __nv_bfloat16{});
+}
+
+// The same with the sum rounded, as in add_product_16x8x16: for long sums.
+template <typename T>
+__device__ __forceinline__ void add_terms(float (&sum)[4], const uint32_t (&lhs)[3][4],
+                                          const uint32_t (&rhs)[2], T) {
+  float own[4] = {};
+  multiply_terms(own, lhs, rhs, T{});
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] += own[i];
 }

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kGradientThreads)
         for (int m = 0; m < Ranks / 16; ++m) {
           uint32_t d[3][4];
           load_lhs_terms_transposed<Ranks>(d, ds + (stage * Branches + j) * kLeft, m * 16, k);
-          multiply_terms(sums[j][m][0], d, {kept[0], kept[1]}, T{});
-          multiply_terms(sums[j][m][1], d, {kept[2], kept[3]}, T{});
+          add_terms(sums[j][m][0], d, {kept[0], kept[1]}, T{});
+          add_terms(sums[j][m][1], d, {kept[2], kept[3]}, T{});
         }
       }
     }

@@ -20,6 +20,14 @@ int biased_exponent(double value) {
   return static_cast<int>(bits >> 52 & 0x7ff);
 }
 
+// Of an exponent of fp32 or of a product of 16-bit numbers.
+double power_of_two(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 float cut_to_float(double value) {
   const float rounded = static_cast<float>(value);
   const bool away = std::fabs(static_cast<double>(rounded)) > std::fabs(value);
@@ -42,9 +50,10 @@ float tensor_core_sum(float c, const double (&products)[kProducts]) {
     return static_cast<float>(sum);
   }
   const int unit = largest - 1023 - 23 - kExtraBits;
-  sum = std::trunc(std::ldexp(sum, -unit));
-  for (const double product : products) sum += std::trunc(std::ldexp(product, -unit));
-  return cut_to_float(std::ldexp(sum, unit));
+  const double inverse = power_of_two(-unit);
+  auto whole = static_cast<int64_t>(sum * inverse);  // a cast cuts
+  for (const double product : products) whole += static_cast<int64_t>(product * inverse);
+  return cut_to_float(static_cast<double>(whole) * power_of_two(unit));
 }
 
 }  // namespace emulator
