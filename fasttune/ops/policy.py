@@ -222,9 +222,11 @@ def bottleneck_too_few(x: Tensor, dropout_p: float, scaled: bool) -> bool:
     """
     if dropout_p > 0 or scaled or x.dtype != torch.float32 or not x.is_cpu:
         return False
-    if x.numel() >= limits.bottleneck_rows * x.shape[-1] or _torch.any_autocast():
-        return False
-    return torch.compiler.is_compiling() or _registry.forced_backend() is None
+    return _few_rows(x) and not _torch.any_autocast()
+
+
+def _few_rows(x: Tensor) -> bool:
+    return x.numel() < limits.bottleneck_rows * x.shape[-1]
 
 
 def bottleneck_not_faster(
@@ -255,7 +257,7 @@ def bottleneck_not_faster(
     whole = x.is_cpu and _native.has_base_product()
     if whole and _native.takes_bottleneck(x, down, up, dtype, None, 0):
         if dtype == torch.float32:
-            return x.numel() < limits.bottleneck_rows * x.shape[-1]
+            return _few_rows(x)
         return down.numel() * x.shape[-1] > limits.bottleneck_weights * x.numel()
     if not scaled:
         return True
