@@ -701,17 +701,15 @@ def test_single_gradients_of_a_bottleneck_adapter(wanted, isa):
 
 
 @pytest.mark.parametrize("isa", TILES)
-def test_rows_beyond_the_last_one_add_nothing_that_is_not_finite(isa):
+def test_rows_beyond_the_last_one_add_nothing(isa):
     given = adapter_operands(65, 64, 64, 16)
     with torch.no_grad():
-        given["up"][3, 5] = torch.inf
-    dy = torch.ones(65, 64).bfloat16()
-    dy[:, 3] = 0.0
-    dy[0, 3] = 1.0
+        given["up"][3, 5] = torch.inf  # times the zeros beyond the last row a NaN
+        given["x"].fill_(1.0)
     with build(isa):
-        found = adapter_results(given, dy, activation="identity")
-    bad = ~found["down"].isfinite().all(dim=1)
-    assert bad.nonzero().tolist() == [[5]]
+        found = adapter_results(given, torch.ones(65, 64).bfloat16(), activation="identity")
+    assert bool((found["down"][5] == torch.inf).all())
+    assert bool(found["down"][:5].isfinite().all() and found["down"][6:].isfinite().all())
 
 
 @pytest.mark.parametrize("isa", TILES)
