@@ -58,18 +58,14 @@ __device__ __forceinline__ void multiply_terms(float (&sum)[4], const uint32_t (
       multiply_16x8x16(sum, lhs[left], terms[right], __nv_bfloat16{});
 }
 
-// The same with the sum rounded, as in add_product_16x8x16: for long sums whose results stay fp32.
-// Beside fp16 they are rounded to it, of 11 bits, and registers are few.
+// The same with the sum rounded, as in add_product_16x8x16: for long sums.
+template <typename T>
 __device__ __forceinline__ void add_terms(float (&sum)[4], const uint32_t (&lhs)[3][4],
-                                          const uint32_t (&rhs)[2], __nv_bfloat16 type) {
+                                          const uint32_t (&rhs)[2], T) {
   float own[4] = {};
-  multiply_terms(own, lhs, rhs, type);
+  multiply_terms(own, lhs, rhs, T{});
 #pragma unroll
   for (int i = 0; i < 4; ++i) sum[i] += own[i];
-}
-__device__ __forceinline__ void add_terms(float (&sum)[4], const uint32_t (&lhs)[3][4],
-                                          const uint32_t (&rhs)[2], __half type) {
-  multiply_terms(sum, lhs, rhs, type);
 }
 
 // Rows [row, row + 16) and columns [col, col + 16) of a tile of fp32 as a product's A, in terms.

@@ -14,6 +14,12 @@ namespace fasttune::cuda {
 constexpr int kGradientThreads = 128;
 constexpr int kGradientColumns = 64;  // of x, 16 a warp
 constexpr int kGradientRows = 32;     // a step
+// A multiprocessor's blocks, 0 for the compiler's choice, with which fp16's twice as many terms
+// spill.
+template <typename T>
+constexpr int kGradientBlocks = 0;
+template <>
+constexpr int kGradientBlocks<__half> = 3;
 
 // Clears what is dropped of the fragment of x [row, row + 16) x [8 octet, 8 octet + 16): a register
 // holds two rows of one column. A lane draws the bits of one row and octet.
@@ -30,7 +36,7 @@ __device__ __forceinline__ void drop_rows(uint32_t (&x)[4], uint64_t seed, uint3
 }
 
 template <typename T, int Branches, int Ranks>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
     lora_weight_gradient_kernel(LoraWeightGradient args) {
   using Left = SharedTile<float, Ranks>;
   using Right = SharedTile<T, kGradientColumns>;
