@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/adamw.cuh"
+#include "cuda/elementwise.cuh"
 #include "cuda/glu.cuh"
 #include "cuda/lora.cuh"
 #include "cuda/rms_norm.cuh"
@@ -35,6 +36,14 @@ LoraDownBranch as_struct(const DownBranch& b) {
 LoraGradientBranch as_struct(const GradientBranch& b) {
   const auto [d, a, seed, rank, threshold, stream] = b;
   return {pointer<float>(d), pointer(a), pointer<int64_t>(seed), rank, threshold, stream};
+}
+
+// Address, stride, type.
+using MatrixTuple = std::tuple<uintptr_t, int64_t, int>;
+
+Matrix as_struct(const MatrixTuple& m) {
+  const auto [data, stride, dtype] = m;
+  return {pointer(data), stride, DType(dtype)};
 }
 
 template <typename Args, typename Branch>
@@ -99,6 +108,26 @@ PYBIND11_MODULE(_cuda, m) {
                         cols, dy_stride, gate_stride, up_stride, dgate_stride, dup_stride,
                         DType(dtype), Activation(activation)},
                        stream(handle));
+      },
+      release());
+
+  m.def(
+      "bias_activation",
+      [](const MatrixTuple& dy, const MatrixTuple& x, const MatrixTuple& bias,
+         const MatrixTuple& out, int64_t rows, int64_t cols, int activation, uintptr_t handle) {
+        launch_bias_activation({as_struct(dy), as_struct(x), as_struct(bias), as_struct(out), rows,
+                                cols, Activation(activation)},
+                               stream(handle));
+      },
+      release());
+  m.def(
+      "scaled_sum",
+      [](const MatrixTuple& x, const MatrixTuple& addend, const MatrixTuple& column_scale,
+         const MatrixTuple& out, int64_t rows, int64_t cols, uintptr_t seed, uint32_t threshold,
+         float scale, uintptr_t handle) {
+        launch_scaled_sum({as_struct(x), as_struct(addend), as_struct(column_scale), as_struct(out),
+                           rows, cols, pointer<int64_t>(seed), threshold, scale},
+                          stream(handle));
       },
       release());
 

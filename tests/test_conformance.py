@@ -10,6 +10,7 @@ from fasttune.testing.cases import ALL
 from fasttune.testing.conformance import Case, backend, run_case
 
 BUILDS = [f"cpu:{isa}" for isa in _native.cpu().isa_available().split(",")]
+IN_CUDA = ("glu", "rms_norm", "lora_linear", "bias_activation", "bottleneck")
 # The interpreter runs program by program in Python: these cases would take minutes there.
 TOO_SLOW_INTERPRETED = {"linear_cross_entropy-several-chunks", "linear_cross_entropy-wide"}
 
@@ -68,7 +69,7 @@ def test_cuda_on_the_emulator_matches_truth(case: Case) -> None:
     [
         case
         for case in ALL
-        if case.op in ("glu", "rms_norm", "lora_linear") and "cuda" not in case.backends
+        if case.op in IN_CUDA and "cuda" not in case.backends
     ],
     ids=ids,
 )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fasttune import _native, _registry, _torch
+from fasttune._native import elementwise_cuda
 from fasttune.ops import _recipe, _support, _triton
 from fasttune.ops._activations import ACTIVATIONS, check_activation
 from fasttune.ops._arguments import accumulator, check_float, check_shape, output_shaped, rows_first
@@ -105,6 +106,10 @@ def _triton_supports(*args: Any) -> str | None:
     return _support.why_not_triton(args, ())
 
 
+def _cuda_supports(*args: Any) -> str | None:
+    return _support.why_not_cuda(args)
+
+
 @FORWARD.backend("cpu", _cpu_supports)
 def _fwd_cpu(*args: Any) -> Tensor:
     return _forward_with(_native, *args)
@@ -125,6 +130,16 @@ def _fwd_triton(*args: Any) -> Tensor:
 @_support.Repeated
 def _bwd_triton(*args: Any) -> list[Tensor]:
     return _backward_with(_triton.kernels("bias_activation"), *args)
+
+
+@FORWARD.backend("cuda", _cuda_supports)
+def _fwd_cuda(*args: Any) -> Tensor:
+    return _forward_with(elementwise_cuda, *args)
+
+
+@BACKWARD.backend("cuda", _cuda_supports)
+def _bwd_cuda(*args: Any) -> list[Tensor]:
+    return _backward_with(elementwise_cuda, *args)
 
 
 FORWARD.backend("reference", _support.never)(_formula)

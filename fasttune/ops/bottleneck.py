@@ -17,8 +17,8 @@ its format; the row and column of u are its element, branch 0).
 Products: six, in the compute dtype C, the autocast dtype or, outside autocast, what the dtypes of x
 and of the parameters promote to; accumulated in fp32. On a GPU in 16 bits they are kernels with
 everything around them (fasttune_kernels.bottleneck), and on a CPU one call each way: in bf16 on
-tiles (csrc/cpu/amx/bottleneck.cpp), in fp32 up to a width of 48 (csrc/cpu/bottleneck.cpp). Else
-they are the vendor's, and around them one pass each way at most: the sum with mask, scale and
+tiles (csrc/cpu/amx/bottleneck.cpp), in fp32 up to a width of 48 (csrc/cpu/bottleneck.cpp). Else,
+and in backend cuda, they are the vendor's, and around them one pass each way at most: the sum with mask, scale and
 residual forward, the mask backward.
 
 Rounding: z and h to C, as torch does; u to C where a product of the vendor writes it; y once, to
@@ -32,14 +32,17 @@ up-projection are the module's (fasttune.nn.BottleneckAdapter), in ops of their 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttune import _registry, _torch
+from fasttune._native import elementwise_cuda
 from fasttune.ops import (
     _bottleneck_cpu,
+    _bottleneck_products,
     _bottleneck_reference,
     _bottleneck_triton,
     _dropout,
@@ -95,17 +98,29 @@ def _on_triton(*args: Any) -> str | None:
     return _support.why_not_triton(args, ())
 
 
-for _op, _run, _on_gpu, _plain in (
-    (FORWARD, _bottleneck_cpu.forward, _bottleneck_triton.forward, _bottleneck_reference.forward),
+def _on_cuda(*args: Any) -> str | None:
+    return _support.why_not_cuda(args)
+
+
+for _op, _in_cpp, _in_triton, _with_primitives, _plain in (
+    (
+        FORWARD,
+        _bottleneck_cpu.forward,
+        _bottleneck_triton.forward,
+        _bottleneck_products.forward_with,
+        _bottleneck_reference.forward,
+    ),
     (
         BACKWARD,
         _bottleneck_cpu.backward,
         _bottleneck_triton.backward,
+        _bottleneck_products.backward_with,
         _bottleneck_reference.backward,
     ),
 ):
-    _op.backend("cpu", _on_cpu)(_run)
-    _op.backend("triton", _on_triton)(_support.Repeated(_on_gpu))
+    _op.backend("cpu", _on_cpu)(_in_cpp)
+    _op.backend("triton", _on_triton)(_support.Repeated(_in_triton))
+    _op.backend("cuda", _on_cuda)(partial(_with_primitives, elementwise_cuda))
     _op.backend("reference", _support.never)(_plain)
 
 

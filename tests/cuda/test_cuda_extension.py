@@ -19,6 +19,7 @@ missing = _native.cuda_not_built()
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 LORA = ("lora_down", "lora_up", "lora_input_gradient", "lora_weight_gradient")
+VECTORISED = ("rms_norm_fwd", "rms_norm_bwd", "glu_fwd", "glu_bwd", "bias_activation", "scaled_sum")
 STATIC_SHARED_LIMIT = 48 * 1024  # of a block, on every target, without asking for more
 
 
@@ -47,8 +48,7 @@ def resources() -> list[tuple[str, str, dict[str, int]]]:
 def test_every_target_has_every_kernel() -> None:
     kernels = {target: {k for t, k, _ in resources() if t == target} for target in TARGETS}
     assert {t for t, _, _ in resources()} == set(TARGETS)
-    names = ("rms_norm_fwd", "rms_norm_bwd", "glu_fwd", "glu_bwd")
-    for name in (*names, "adamw", "grad_norm", "limit_norms", *LORA):
+    for name in (*VECTORISED, "adamw", "grad_norm", "limit_norms", *LORA):
         assert any(f"{name}_kernel" in kernel for kernel in kernels["sm_75"]), name
     assert all(own == kernels["sm_75"] for own in kernels.values())
     assert " ".join(TARGETS) == _native.cuda().TARGETS
@@ -68,12 +68,12 @@ def test_ptx_for_later_devices_is_there() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_vectorised_kernels_access_16_bytes_at_a_time(target: str) -> None:
-    """Of rms_norm and glu: loads and stores of the specialisation for whole packs."""
+    """Loads and stores of the specialisation for whole packs."""
     checked = 0
     text = cuobjdump("-sass", "-arch", target)
     for kernel, body in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.S):
         scalar = re.search(r"Li1EE", kernel)
-        if not re.search(r"(rms_norm|glu)_(fwd|bwd)_kernel", kernel):
+        if not any(f"{name}_kernel" in kernel for name in VECTORISED):
             continue
         counts = Counter(re.findall(r"\b((?:LDG|STG)\.[A-Z0-9.]+)", body))
         wide = Counter(name.partition(".")[0] for name in counts if ".128" in name)

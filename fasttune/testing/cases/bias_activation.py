@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasttune.ops import bias_activation
 from fasttune.ops._activations import ACTIVATIONS
-from fasttune.testing.conformance import Call, Case
+from fasttune.testing.conformance import WITH_CUDA, Call, Case
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -96,7 +96,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(f"bias_activation-{name}", "bias_activation", partial(_build, setting))
+    Case(f"bias_activation-{name}", "bias_activation", partial(_build, setting), WITH_CUDA)
     for name, setting in SETTINGS.items()
 ]
 CASES += [

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from fasttune.ops import _dropout
 from fasttune.ops._activations import ACTIVATIONS
 from fasttune.ops.bottleneck import bottleneck
-from fasttune.testing.conformance import Call, Case
+from fasttune.testing.conformance import WITH_CUDA, Call, Case
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -166,7 +166,7 @@ SETTINGS: dict[str, Setting] = {
 }
 
 CASES = [
-    Case(f"bottleneck-{name}", "bottleneck", partial(_build, setting))
+    Case(f"bottleneck-{name}", "bottleneck", partial(_build, setting), WITH_CUDA)
     for name, setting in SETTINGS.items()
 ]
 _EXACT = replace(_BASE, x=FP64, adapter=FP64, lead=(3,), features=9, outputs=9, width=4)
