@@ -217,7 +217,7 @@ PYBIND11_MODULE(_cpu, m) {
         const auto given = [](const Matrix& vector) { return vector.data ? &vector : nullptr; };
         const Matrix inner = flat(down_bias, down.rows), outer = flat(up_bias, up.rows);
         const Matrix columns = flat(scale, up.rows);
-        kernels().bottleneck_forward(
+        return kernels().bottleneck_forward(
             {x, down, up, given(inner), activation, factor, dropout}, residual, given(outer),
             given(columns), {pointer<void>(z), x.rows, down.rows, down.rows, x.dtype},
             {pointer<void>(y.first), x.rows, up.rows, up.rows, static_cast<DType>(y.second)},
@@ -240,7 +240,7 @@ PYBIND11_MODULE(_cpu, m) {
                             own_down_bias = flat(ddown_bias, 1, down.rows),
                             own_up = flat(dup, up.rows, up.cols),
                             own_up_bias = flat(dup_bias, 1, up.rows);
-        kernels().bottleneck_backward(
+        return kernels().bottleneck_backward(
             {x, down, up, nullptr, activation, factor, dropout}, dy,
             {pointer<const void>(z), x.rows, down.rows, down.rows, x.dtype}, addend, outer_factor,
             {wanted(own_dx), wanted(own_down), wanted(own_down_bias), wanted(own_up),

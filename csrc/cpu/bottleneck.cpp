@@ -28,7 +28,7 @@ int team_of(int64_t rows, int64_t cols, int threads) {
 
 }  // namespace
 
-void bottleneck_forward(const Bottleneck& adapter, const Matrix* residual, const Matrix* up_bias,
+bool bottleneck_forward(const Bottleneck& adapter, const Matrix* residual, const Matrix* up_bias,
                         const Matrix* scale, const MutableMatrix& z, const MutableMatrix& y,
                         int threads) {
   const int64_t rank = z.cols;
@@ -58,9 +58,10 @@ void bottleneck_forward(const Bottleneck& adapter, const Matrix* residual, const
   }
   const ExpandTerms terms{residual, nullptr, added.data() ? outer.data.get() : nullptr};
   lora_expand(h.data.get(), up.data.get(), rank, terms, Dropout{}, y, threads);
+  return true;
 }
 
-void bottleneck_backward(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
+bool bottleneck_backward(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
                          const Matrix* addend, float outer_factor,
                          const BottleneckGradients& gradients, int threads) {
   const int64_t rank = z.cols, rows = z.rows;
@@ -96,6 +97,7 @@ void bottleneck_backward(const Bottleneck& adapter, const Matrix& dy, const Matr
   if (gradients.down_bias)
     sum({dz.data.get(), rows, rank, rank, DType::kFloat32}, 1.0f, *gradients.down_bias);
   if (gradients.up_bias) sum(dy, outer_factor, *gradients.up_bias);
+  return true;
 }
 
 }  // namespace fasttune::cpu::FASTTUNE_ISA

@@ -42,7 +42,8 @@ struct Reduction {
 };
 
 // A bottleneck adapter: x [M, K], D [R, K], U [H, R], R <= kMaxRank. All in fp32, with R a multiple
-// of kLanes, weights without gaps and no dropout; or, in builds with tiles, in bf16.
+// of kLanes, weights without gaps and no dropout; or, in builds with tiles, in bf16 or fp32 with
+// any R and dropout.
 struct Bottleneck {
   const Matrix &x, &down, &up;
   const Matrix* down_bias;  // [1, R] or null, of any dtype
@@ -225,13 +226,14 @@ struct Kernels {
 
   // z [M, R] = x D^T + b_D and y [M, H] = residual + keep * factor scale (act(z) U^T + b_U),
   // rounded once; residual, of y's dtype or fp32, up_bias and scale [1, H] of any dtype or null.
-  // z has x's dtype.
-  void (*bottleneck_forward)(const Bottleneck& adapter, const Matrix* residual,
+  // z has x's dtype. False, with results that mean nothing, if a value was not finite and has no
+  // terms; the same for the backward.
+  bool (*bottleneck_forward)(const Bottleneck& adapter, const Matrix* residual,
                              const Matrix* up_bias, const Matrix* scale, const MutableMatrix& z,
                              const MutableMatrix& y, int threads);
   // With dz = factor (keep * dy) U act'(z): dx = addend + dz D, dD = dz^T x, dU = outer_factor
   // (keep * dy)^T act(z), and the sums over the rows. dy and z have x's dtype.
-  void (*bottleneck_backward)(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
+  bool (*bottleneck_backward)(const Bottleneck& adapter, const Matrix& dy, const Matrix& z,
                               const Matrix* addend, float outer_factor,
                               const BottleneckGradients& gradients, int threads);
 

@@ -1,8 +1,7 @@
-#include "cuda/elementwise.cuh"
-
 #include "cuda/activation.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/elements.cuh"
+#include "cuda/elementwise.cuh"
 
 // Memory binds: every element is read once and written once, 16 bytes an access where rows allow.
 // A thread has eight neighbours, what one counter of dropout draws for. The types are looked up at
@@ -21,8 +20,7 @@ __device__ __forceinline__ void load_as(const Matrix& from, int64_t at, float (&
 }
 
 template <int N>
-__device__ __forceinline__ void load(const Matrix& from, int64_t row, int64_t col,
-                                     float (&to)[N]) {
+__device__ __forceinline__ void load(const Matrix& from, int64_t row, int64_t col, float (&to)[N]) {
   const int64_t at = row * from.stride + col;
   if (from.dtype == DType::kFloat32) return load_as<float>(from, at, to);
   if (from.dtype == DType::kBFloat16) return load_as<__nv_bfloat16>(from, at, to);

@@ -10,9 +10,10 @@ from torch import Tensor
 from fasttune._native._activation import activation_codes
 from fasttune._native._extension import DTYPE_CODES, cpu, matrix, threads
 from fasttune._native.base_product import has_base_product
-from fasttune._native.lora_linear import MAX_RANK, VENDOR_RANK, dropout_of
+from fasttune._native.lora_linear import MAX_RANK, dropout_of
 
 _FEWEST_ROWS = 64  # on tiles: below, a call is mostly the packing of the weights
+_NARROW = 48
 _ADDENDS = (torch.bfloat16, torch.float32)
 
 
@@ -22,22 +23,21 @@ def takes_bottleneck(
     """True if the kernels take x [*, K] and the weights [R, K] and [H, R], computed in ``dtype``;
     ``wide`` is the residual, or the gradient of the output.
 
-    In bf16 tiles take it; in fp32 LoRA's products, where they are no slower than the vendor's.
+    Tiles take bf16, and fp32 where it is wide enough for its products to outweigh the splitting of
+    operands; LoRA's products take narrow ones in fp32.
     """
     rank = down.shape[0]
     if up.numel() == 0 or rank > MAX_RANK:
         return False
+    tiles = x.numel() >= _FEWEST_ROWS * max(1, x.shape[-1]) and has_base_product()
     if dtype == torch.float32:
-        if rank % cpu().LANES or rank >= VENDOR_RANK or threshold:
-            return False
         same = x.dtype == down.dtype == up.dtype == dtype
-        return same and (wide is None or wide.dtype == dtype)
+        if not same or (wide is not None and wide.dtype != dtype):
+            return False
+        return tiles if rank > _NARROW else not (rank % cpu().LANES or threshold)
     if dtype != torch.bfloat16 or x.dtype not in _ADDENDS:
         return False
-    if wide is not None and wide.dtype not in _ADDENDS:
-        return False
-    few = x.numel() < _FEWEST_ROWS * max(1, x.shape[-1])
-    return not few and has_base_product()
+    return tiles and (wide is None or wide.dtype in _ADDENDS)
 
 
 def bottleneck_forward(
@@ -55,9 +55,10 @@ def bottleneck_forward(
     threshold: int,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """y [M, H] = residual + keep * factor scale (act(z) U^T + b_U) in ``out_dtype``, rounded once,
-    and z [M, R] = x D^T + b_D in ``dtype``, that of the operands.
+    and z [M, R] = x D^T + b_D in ``dtype``, that of the operands. None if it gave up: tiles cannot
+    take fp32 values that are not finite.
     """
     x, down, up = _rows(x, dtype), _whole(down, dtype), _whole(up, dtype)
     down_bias, up_bias = _vector(down_bias), _vector(up_bias)
@@ -65,7 +66,7 @@ def bottleneck_forward(
     rows = x.shape[0]
     z = torch.empty(rows, down.shape[0], dtype=dtype)
     y = torch.empty(rows, up.shape[0], dtype=out_dtype)
-    cpu().bottleneck_forward(
+    done = cpu().bottleneck_forward(
         matrix(x),
         matrix(down),
         matrix(up),
@@ -80,7 +81,7 @@ def bottleneck_forward(
         _flat(y),
         threads(),
     )
-    return y, z
+    return (y, z) if done else None
 
 
 def bottleneck_backward(
@@ -97,11 +98,11 @@ def bottleneck_backward(
     residual_is_x: bool,
     outer_factor: float,
     dtypes: Sequence[torch.dtype | None],
-) -> list[Tensor | None]:
+) -> list[Tensor | None] | None:
     """With dz = factor (keep * dy) U act'(z): dx = dy or 0 + dz D, dz^T x, the sum of dz over the
     rows, and outer_factor times (keep * dy)^T act(z) and the sum of keep * dy.
 
-    ``dtypes`` are those of the five; None for what is not wanted.
+    ``dtypes`` are those of the five; None for what is not wanted. None if it gave up, as above.
     """
     shapes = (x.shape, down.shape, down.shape[:1], up.shape, up.shape[:1])
     found = [
@@ -110,7 +111,7 @@ def bottleneck_backward(
     ]
     dtype, z = z.dtype, z.contiguous()
     x, down, up, own = _rows(x, dtype), _whole(down, dtype), _whole(up, dtype), _rows(dy, dtype)
-    cpu().bottleneck_backward(
+    done = cpu().bottleneck_backward(
         matrix(x),
         matrix(down),
         matrix(up),
@@ -124,7 +125,7 @@ def bottleneck_backward(
         *map(_flat, found),
         threads(),
     )
-    return found
+    return found if done else None
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:

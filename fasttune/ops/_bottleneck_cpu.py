@@ -15,13 +15,14 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The arguments of ``_bottleneck_products.forward_with`` but for the primitives."""
     x, residual, down, down_bias, up, up_bias, scale, factor, *facts = args
     activation, threshold, seed, dtype, out_dtype = facts
-    if not _native.takes_bottleneck(x, down, up, dtype, residual, threshold):
-        return _bottleneck_products.forward_with(_native, *args)
-    return _native.bottleneck_forward(
-        x, residual, down, down_bias, up, up_bias, scale,
-        factor * _dropout.keep_scale(threshold), activation, seed=seed, threshold=threshold,
-        dtype=dtype, out_dtype=out_dtype,
-    )  # fmt: skip
+    found = None
+    if _native.takes_bottleneck(x, down, up, dtype, residual, threshold):
+        found = _native.bottleneck_forward(
+            x, residual, down, down_bias, up, up_bias, scale,
+            factor * _dropout.keep_scale(threshold), activation, seed=seed, threshold=threshold,
+            dtype=dtype, out_dtype=out_dtype,
+        )  # fmt: skip
+    return _bottleneck_products.forward_with(_native, *args) if found is None else found
 
 
 def backward(*args: Any) -> list[Tensor]:
@@ -47,6 +48,8 @@ def backward(*args: Any) -> list[Tensor]:
         dy, x, z, down, weight, whole, activation, seed=seed, threshold=threshold,
         residual_is_x=residual_is_x, outer_factor=whole if scale is None else 1.0, dtypes=wanted,
     )  # fmt: skip
+    if found is None:
+        return _bottleneck_products.backward_with(_native, *args)
     grads = [grad for grad in found[:3] if grad is not None]
     if scale is None:
         return grads + [grad for grad in found[3:] if grad is not None]

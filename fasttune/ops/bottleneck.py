@@ -16,10 +16,10 @@ its format; the row and column of u are its element, branch 0).
 
 Products: six, in the compute dtype C, the autocast dtype or, outside autocast, what the dtypes of x
 and of the parameters promote to; accumulated in fp32. On a GPU in 16 bits they are kernels with
-everything around them (fasttune_kernels.bottleneck), and on a CPU one call each way: in bf16 on
-tiles (csrc/cpu/amx/bottleneck.cpp), in fp32 up to a width of 48 (csrc/cpu/bottleneck.cpp). Else,
-and in backend cuda, they are the vendor's, and around them one pass each way at most: the sum with mask, scale and
-residual forward, the mask backward.
+everything around them (fasttune_kernels.bottleneck), and on a CPU one call each way: on tiles
+(csrc/cpu/amx/bottleneck.cpp), or in fp32 up to a width of 48 (csrc/cpu/bottleneck.cpp). Else, and
+in backend cuda, they are the vendor's, and around them one pass each way at most: the sum with
+mask, scale and residual forward, the mask backward.
 
 Rounding: z and h to C, as torch does; u to C where a product of the vendor writes it; y once, to
 what C and the residual's dtype promote to; each gradient once, to the dtype of its tensor.

@@ -7,6 +7,7 @@ this is skipped on a CPU with AVX-512 and its bf16 instructions.
 from __future__ import annotations
 
 import contextlib
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -600,6 +601,7 @@ def test_single_gradients_of_attention(wanted, isa):
 
 
 STARVED = """
+import math
 import resource, sys, torch
 from fasttune import _native
 _native.cpu().set_isa(sys.argv[1])
@@ -628,14 +630,14 @@ assert t.eq(20000).all()
 """
 
 
-def adapter_operands(rows, features, outputs, rank):
+def adapter_operands(rows, features, outputs, rank, dtype=torch.bfloat16):
     torch.manual_seed(0)
     shapes = {
         "x": (rows, features), "residual": (rows, outputs), "down": (rank, features),
         "up": (outputs, rank), "down_bias": (rank,), "up_bias": (outputs,),
     }  # fmt: skip
     drawn = {name: torch.randn(shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
-    return {name: value.bfloat16().requires_grad_() for name, value in drawn.items()}
+    return {name: value.to(dtype).requires_grad_() for name, value in drawn.items()}
 
 
 def adapter_results(given, dy, **options):
@@ -656,15 +658,27 @@ ADAPTERS = [
     (96, 1024, 96, 40, 0.0),  # rows of x that share lines of the caches
     (530, 96, 96, 256, 0.0),
 ]
+ADAPTERS_FP32 = [  # wider than LoRA's products take
+    (64, 64, 64, 64, 0.0),
+    (65, 1, 1, 49, 0.0),
+    (70, 77, 45, 50, 0.1),
+    (300, 130, 1030, 72, 0.1),
+    (96, 1024, 96, 100, 0.0),  # sums over the features in three parts
+    (530, 96, 96, 256, 0.0),
+]
 
 
 @pytest.mark.parametrize("isa", TILES)
-@pytest.mark.parametrize(("rows", "features", "outputs", "rank", "p"), ADAPTERS)
+@pytest.mark.parametrize(
+    ("rows", "features", "outputs", "rank", "p", "dtype"),
+    [(*sizes, torch.bfloat16) for sizes in ADAPTERS]
+    + [(*sizes, torch.float32) for sizes in ADAPTERS_FP32],
+)
 def test_a_whole_bottleneck_adapter_is_as_exact_as_its_products(
-    rows, features, outputs, rank, p, isa, monkeypatch
+    rows, features, outputs, rank, p, dtype, isa, monkeypatch
 ):
-    given = adapter_operands(rows, features, outputs, rank)
-    dy = torch.randn(rows, outputs).bfloat16()
+    given = adapter_operands(rows, features, outputs, rank, dtype)
+    dy = torch.randn(rows, outputs).to(dtype)
     options = {"activation": "silu", "scale": 0.75, "dropout_p": p, "seed": torch.tensor(7)}
     with build(isa):
         ours = adapter_results(given, dy, **options)
@@ -678,8 +692,10 @@ def test_a_whole_bottleneck_adapter_is_as_exact_as_its_products(
 
 
 @pytest.mark.parametrize("isa", TILES)
-def test_a_bottleneck_adapter_does_not_depend_on_the_threads(isa):
-    given, dy = adapter_operands(330, 200, 230, 24), torch.randn(330, 230).bfloat16()
+@pytest.mark.parametrize(("rank", "dtype"), [(24, torch.bfloat16), (56, torch.float32)], ids=str)
+def test_a_bottleneck_adapter_does_not_depend_on_the_threads(rank, dtype, isa):
+    given = adapter_operands(330, 200, 230, rank, dtype)
+    dy = torch.randn(330, 230).to(dtype)
     runs = []
     for count in (1, 2, 5):
         with build(isa), threads(count):
@@ -688,9 +704,11 @@ def test_a_bottleneck_adapter_does_not_depend_on_the_threads(isa):
 
 
 @pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize(("rank", "dtype"), [(16, torch.bfloat16), (56, torch.float32)], ids=str)
 @pytest.mark.parametrize("wanted", ["x", "residual", "down", "up", "down_bias", "up_bias"])
-def test_single_gradients_of_a_bottleneck_adapter(wanted, isa):
-    given, dy = adapter_operands(70, 64, 96, 16), torch.randn(70, 96).bfloat16()
+def test_single_gradients_of_a_bottleneck_adapter(wanted, rank, dtype, isa):
+    given = adapter_operands(70, 64, 96, rank, dtype)
+    dy = torch.randn(70, 96).to(dtype)
     with build(isa):
         everything = adapter_results(given, dy)
         for name, leaf in given.items():
@@ -713,6 +731,35 @@ def test_rows_beyond_the_last_one_add_nothing(isa):
 
 
 @pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("value", [3.4e38, -3.39e38, 1e38, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", ["x", "down", "up", "dy"])
+def test_the_largest_numbers_and_those_that_are_none(place, value, isa):
+    """A term that is rounded would be infinite above the largest bf16, and an infinity times a term
+    that is zero is a NaN."""
+    given, dy = adapter_operands(70, 64, 64, 64, torch.float32), torch.rand(70, 64)
+    with torch.no_grad():
+        given["x"].mul_(1e-3)  # so that no sum of finite products overflows
+        given["down"].mul_(1e-3)
+        (dy if place == "dy" else given[place])[5, 7] = value
+    with build(isa):
+        found = adapter_results(given, dy, activation="identity")
+
+    def plain(dtype):
+        own = {name: leaf.detach().to(dtype).requires_grad_() for name, leaf in given.items()}
+        h = torch.nn.functional.linear(own["x"], own["down"], own["down_bias"])
+        y = own["residual"] + torch.nn.functional.linear(h, own["up"], own["up_bias"])
+        y.backward(dy.to(dtype))
+        return {"y": y.detach(), **{name: leaf.grad for name, leaf in own.items()}}
+
+    truths = plain(torch.float64)
+    for name, stock in plain(torch.float32).items():
+        ours, finite = found[name], stock.isfinite()
+        assert torch.equal(ours.isfinite(), finite), name
+        torch.testing.assert_close(ours[~finite], stock[~finite], equal_nan=True)
+        check(name, ours[finite], stock[finite], truths[name][finite])
+
+
+@pytest.mark.parametrize("isa", TILES)
 def test_which_bottleneck_adapters_are_taken(isa):
     x, down, up = torch.randn(64, 40), torch.randn(8, 40), torch.randn(24, 8)
     residual, half = torch.randn(64, 24), torch.float16
@@ -721,12 +768,18 @@ def test_which_bottleneck_adapters_are_taken(isa):
         assert takes(x, down, up, torch.bfloat16, residual, 0)
         assert takes(x.bfloat16().view(4, 16, 40), down, up, torch.bfloat16, None, 0)
         assert not takes(x, down, up, torch.float32, residual, 0)
+        wide = torch.randn(49, 40), torch.randn(24, 49)
+        assert takes(x, *wide, torch.float32, residual, 6554)
+        assert not takes(x[:63], *wide, torch.float32, None, 0)
+        assert not takes(x, *wide, torch.float32, residual.bfloat16(), 0)
+        assert not takes(x.bfloat16(), *wide, torch.float32, None, 0)
         assert not takes(x[:63], down, up, torch.bfloat16, None, 0)
         assert not takes(x.to(half), down, up, torch.bfloat16, None, 0)
         assert not takes(x, down, up, torch.bfloat16, residual.to(half), 0)
         assert not takes(x, torch.randn(257, 40), torch.randn(24, 257), torch.bfloat16, None, 0)
     with build("avx512"):
         assert not _native.takes_bottleneck(x, down, up, torch.bfloat16, residual, 0)
+        assert not _native.takes_bottleneck(x, *wide, torch.float32, residual, 0)
 
 
 @pytest.mark.parametrize("isa", TILES)

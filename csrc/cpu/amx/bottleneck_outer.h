@@ -6,32 +6,63 @@
 
 namespace fasttune::cpu::FASTTUNE_ISA {
 
-// sums [groups of 16, kMaskSpan] = (`more`: += ) thin tiles times staged halves of columns.
-inline void multiply_outer(const Turned& thin, int64_t first_step, int64_t steps,
-                           const uint16_t* block, bool more, float* sums) {
+// sums [kRowsOfBlock, kMaskSpan], 32 of its columns, = (`more`: += ) results.
+inline void add_rows(const float* results, bool more, float* sums) {
+  for (int64_t i = 0; i < kRowsOfBlock; ++i, results += kColumnsOfPanel, sums += kMaskSpan)
+    for (int64_t c = 0; c < kColumnsOfPanel; c += kLanes)
+      store(sums + c, more ? load(sums + c) + load(results + c) : load(results + c));
+}
+
+// Half a span of `steps` steps of 32 rows, staged as panels.
+template <int Terms>
+constexpr int64_t kStagedHalf = kSumSteps * kTermsElements<Terms>;
+
+// sums [groups of 32, kMaskSpan] = (`more`: += ) thin tiles times staged halves of columns.
+template <int Terms>
+void multiply_outer(const Turned<Terms>& thin, int64_t first_step, int64_t steps,
+                    const uint16_t* block, bool more, float* sums) {
   constexpr int64_t kBytes = kMaskSpan * sizeof(float);
-  for (int64_t half = 0; half < 2; ++half, block += kSumSteps * kStepElements)
-    for (int64_t group = 0; group < thin.groups(); group += 2) {
-      float* upper = sums + group * kTileSide * kMaskSpan + half * kColumnsOfPanel;
+  for (int64_t half = 0; half < 2; ++half, block += kStagedHalf<Terms>)
+    for (int64_t group = 0; group < thin.groups(); ++group) {
+      float* upper = sums + group * kColumnsOfPanel * kMaskSpan + half * kColumnsOfPanel;
       float* lower = upper + kTileSide * kMaskSpan;
+      const uint16_t* tiles = thin.tiles(group, first_step);
+      if constexpr (Terms > 1) {  // a sum of its own, or the result would be less exact
+        alignas(64) float results[kRowsOfBlock * kColumnsOfPanel];
+        clear_results();
+        multiply_terms(tiles, block, steps);
+        store_results(results);
+        add_rows(results, more, upper);
+        continue;
+      }
       if (more) {
         tile_load<0>(upper, kBytes), tile_load<1>(upper + kLanes, kBytes);
         tile_load<2>(lower, kBytes), tile_load<3>(lower + kLanes, kBytes);
       } else {
         clear_results();
       }
-      const uint16_t* tiles = thin.tile(group, first_step);
-      multiply({tiles, thin.tile(group + 1, first_step), kTileRowBytes, kTileElements}, block,
-               steps);
+      multiply(packed_block(tiles), block, steps);
       tile_store<0>(upper, kBytes), tile_store<1>(upper + kLanes, kBytes);
       tile_store<2>(lower, kBytes), tile_store<3>(lower + kLanes, kBytes);
     }
 }
 
+// Each column's sum over the rows of a staged span of bf16.
+inline void add_staged(const uint16_t* block, int64_t steps, vf* sums) {
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t p = 0; p < steps * kTileSide; ++p)
+      for (int64_t c = 0; c < 2; ++c) {
+        vf& own = sums[2 * half + c];
+        own = (vf)Turned<1>::add_pairs(
+            (__m512)own, block + half * kStagedHalf<1> + p / kTileSide * kStepElements +
+                             c * kTileElements + p % kTileSide * kTileDepth);
+      }
+}
+
 // out [1, cols], 64 of its columns from `col`.
-inline void store_sums(const __m512* sums, float factor, const MutableMatrix& out, int64_t col) {
+inline void store_sums(const vf* sums, float factor, const MutableMatrix& out, int64_t col) {
   alignas(64) float all[kMaskSpan];
-  for (int64_t i = 0; i < 4; ++i) store(all + i * kLanes, (vf)sums[i] * factor);
+  for (int64_t i = 0; i < 4; ++i) store(all + i * kLanes, sums[i] * factor);
   with_element(out.dtype, [&](auto element) {
     using E = decltype(element);
     for (int64_t c = 0; c < std::min(kMaskSpan, out.cols - col); ++c)
@@ -76,23 +107,50 @@ inline void store_columns(const float* sums, float factor, const MutableMatrix& 
   });
 }
 
+// A step of 32 rows of fp32 from `row` on as panels of terms, a half of the span's columns after
+// the other, and the sums of its columns added to four vectors.
+inline void stage_terms(const Matrix& x, const KeepMask& mask, int64_t row, int64_t col,
+                        uint16_t* block, vf* sums) {
+  vf own[4] = {};
+  for (int64_t p = 0; p < kTileSide; ++p, block += kTileDepth) {
+    const int64_t m = row + 2 * p;
+    const uint64_t bits[2] = {kept(x, mask, m, col), kept(x, mask, m + 1, col)};
+    for (int half = 0; half < 2; ++half) {
+      Lanes rows[2];
+      for (int i = 0; i < 2; ++i) {
+        const auto lanes = static_cast<__mmask32>(bits[i] >> (32 * half));
+        const float* from = lanes ? element_of<3>(x, m + i, col + half * kTileDepth)
+                                  : static_cast<const float*>(x.data);
+        rows[i] =
+            load_row(from, static_cast<__mmask16>(lanes), static_cast<__mmask16>(lanes >> kLanes));
+      }
+      own[2 * half] += rows[0].low + rows[1].low;
+      own[2 * half + 1] += rows[0].high + rows[1].high;
+      interleave_terms<3>(split_rounded(rows[0].low, rows[0].high),
+                          split_rounded(rows[1].low, rows[1].high), block + half * kStagedHalf<3>);
+    }
+  }
+  for (int i = 0; i < 4; ++i) sums[i] += own[i];
+}
+
 // wide^T thin over all rows for the 64 columns from `col`; the sums of wide's columns beside it.
-inline void outer(const Matrix& wide, const Turned* thin, const KeepMask& mask, int64_t col,
-                  float* sums, __m512* column_sums) {
-  alignas(64) uint16_t block[kSumSteps * 2 * kStepElements];
+template <int Terms>
+void outer(const Matrix& wide, const Turned<Terms>* thin, const KeepMask& mask, int64_t col,
+           float* sums, vf* column_sums) {
+  alignas(64) uint16_t block[2 * kStagedHalf<Terms>];
   const int64_t all = steps_of(wide.rows);
   for (int64_t step = 0; step < all; step += kSumSteps) {
     const int64_t steps = std::min(kSumSteps, all - step);
-    stage_columns<true>(wide, mask, step * kTileDepth, steps, col, block);
+    vf own[4] = {};
+    if constexpr (Terms > 1) {
+      for (int64_t i = 0; i < steps; ++i)
+        stage_terms(wide, mask, (step + i) * kTileDepth, col, block + i * kTermsElements<3>, own);
+    } else {
+      stage_columns<true>(wide, mask, step * kTileDepth, steps, col, block);
+      if (column_sums) add_staged(block, steps, own);
+    }
     if (thin) multiply_outer(*thin, step, steps, block, step > 0, sums);
-    if (!column_sums) continue;
-    for (int64_t half = 0; half < 2; ++half)
-      for (int64_t p = 0; p < steps * kTileSide; ++p)
-        for (int64_t c = 0; c < 2; ++c) {
-          __m512& own = column_sums[2 * half + c];
-          own = Turned::add_pairs(own, block + (half * kSumSteps + p / kTileSide) * kStepElements +
-                                           c * kTileElements + p % kTileSide * kTileDepth);
-        }
+    for (int64_t i = 0; column_sums && i < 4; ++i) column_sums[i] += own[i];
   }
 }
 

@@ -153,12 +153,18 @@ inline Lanes load_row(const T* from, __mmask16 first, __mmask16 second) {
 // fence.
 template <typename T>
 inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second) {
+  const bool whole = second == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   if constexpr (sizeof(T) == sizeof(float)) {
-    _mm512_mask_storeu_ps(to, first, (__m512)row.low);
-    _mm512_mask_storeu_ps(to + kLanes, second, (__m512)row.high);
+    if (whole) {
+      _mm512_stream_ps(to, (__m512)row.low);
+      _mm512_stream_ps(to + kLanes, (__m512)row.high);
+    } else {
+      _mm512_mask_storeu_ps(to, first, (__m512)row.low);
+      _mm512_mask_storeu_ps(to + kLanes, second, (__m512)row.high);
+    }
   } else {
     const __m512i lanes = rounded(row.low, row.high);
-    if (second == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    if (whole)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to), lanes);
     else
       _mm512_mask_storeu_epi16(to, first | static_cast<__mmask32>(second) << kLanes, lanes);

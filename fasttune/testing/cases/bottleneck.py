@@ -140,13 +140,22 @@ SETTINGS: dict[str, Setting] = {
     "strided": replace(_BASE, strided=True, scale="channels", dropout=0.1),
     "strided-bf16": replace(_HALF, strided=True, scale="channels", activation="sigmoid"),
     "wide": replace(_BASE, lead=(5,), features=130, outputs=130, width=96),
-    # Whole in fp32 on a CPU.
+    # Whole in fp32 on a CPU, the wider ones on tiles.
     "fp32-width-16": replace(_BASE, width=16, activation="silu"),
     "fp32-width-48": replace(
         _BASE, lead=(37,), features=77, outputs=53, width=48, residual="other", activation="gelu"
     ),
     "fp32-width-32-no-biases": replace(_BASE, width=32, bias=False, residual="", frozen="x"),
     "fp32-width-16-scale": replace(_BASE, width=16, scale="channels", strided=True),
+    "fp32-width-72": replace(
+        _BASE, lead=(70,), features=136, outputs=90, width=72, residual="other", activation="gelu"
+    ),
+    "fp32-width-96-dropout": replace(
+        _BASE, lead=(2, 67), width=96, scale="channels", strided=True, dropout=0.1
+    ),
+    "fp32-width-130": replace(
+        _BASE, lead=(530,), features=1064, outputs=77, width=130, residual="", activation="tanh"
+    ),
     # What a kernel cuts into parts: rows, features of both sides, the width; and beyond its limit.
     "many-features": replace(
         _HALF, lead=(3, 27), features=1064, outputs=1064, width=20, dropout=0.1
