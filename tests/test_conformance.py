@@ -66,11 +66,7 @@ def test_cuda_on_the_emulator_matches_truth(case: Case) -> None:
 @pytest.mark.skipif(cuda_on_host.compiler_missing() is not None, reason="the emulator needs g++")
 @pytest.mark.parametrize(
     "case",
-    [
-        case
-        for case in ALL
-        if case.op in IN_CUDA and "cuda" not in case.backends
-    ],
+    [case for case in ALL if case.op in IN_CUDA and "cuda" not in case.backends],
     ids=ids,
 )
 def test_cuda_gives_a_reason_for_what_it_does_not_take(case: Case) -> None:

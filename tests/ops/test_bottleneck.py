@@ -88,7 +88,8 @@ def test_which_adapters_are_computed_whole_in_fp32() -> None:
     assert not takes(x, down, up, fp32, torch.randn(3, 24).to(bf16), 0)
     assert not takes(x.to(bf16), down, up, fp32, None, 0)
     assert not takes(x, torch.randn(17, 20), torch.randn(24, 17), fp32, None, 0)
-    assert not takes(x, torch.randn(64, 20), torch.randn(24, 64), fp32, None, 0)  # few rows for tiles
+    few = torch.randn(64, 20), torch.randn(24, 64)  # rows, for tiles
+    assert not takes(x, *few, fp32, None, 0)
     assert not takes(x, down, torch.randn(0, 16), fp32, None, 0)
 
 
