@@ -38,7 +38,7 @@ class Packed {
     uint16_t* to = tiles_ + item * kTermsElements<Terms>;
     if constexpr (Terms > 1) {
       if (transposed_) return pack_transposed_terms<Terms>(w_, col, k, to);
-      pack_pairs_of_terms<Terms>(w_, k, col, to);
+      pack_pairs_of_terms(w_, k, col, to);
     } else {
       if (!transposed_) return pack_pairs(w_, k, col, 1, to, 0);
       pack_transposed(w_, col, k, to);

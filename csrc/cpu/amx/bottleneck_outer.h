@@ -107,6 +107,15 @@ inline void store_columns(const float* sums, float factor, const MutableMatrix& 
   });
 }
 
+constexpr int64_t kRowsAhead = 24;
+
+// Asks for a span of two rows: their distance hides them from the CPU's own prefetching.
+inline void ask_for_rows(const Matrix& x, int64_t row, int64_t col) {
+  for (int64_t i = row; i < std::min(row + 2, x.rows); ++i)
+    for (int64_t line = 0; line < kMaskSpan; line += kLanes)
+      _mm_prefetch(reinterpret_cast<const char*>(element_of<3>(x, i, col) + line), _MM_HINT_T0);
+}
+
 // A step of 32 rows of fp32 from `row` on as panels of terms, a half of the span's columns after
 // the other, and the sums of its columns added to four vectors.
 inline void stage_terms(const Matrix& x, const KeepMask& mask, int64_t row, int64_t col,
@@ -114,6 +123,7 @@ inline void stage_terms(const Matrix& x, const KeepMask& mask, int64_t row, int6
   vf own[4] = {};
   for (int64_t p = 0; p < kTileSide; ++p, block += kTileDepth) {
     const int64_t m = row + 2 * p;
+    ask_for_rows(x, m + kRowsAhead, col);
     const uint64_t bits[2] = {kept(x, mask, m, col), kept(x, mask, m + 1, col)};
     for (int half = 0; half < 2; ++half) {
       Lanes rows[2];
@@ -126,8 +136,7 @@ inline void stage_terms(const Matrix& x, const KeepMask& mask, int64_t row, int6
       }
       own[2 * half] += rows[0].low + rows[1].low;
       own[2 * half + 1] += rows[0].high + rows[1].high;
-      interleave_terms<3>(split_rounded(rows[0].low, rows[0].high),
-                          split_rounded(rows[1].low, rows[1].high), block + half * kStagedHalf<3>);
+      interleave_terms(rows[0], rows[1], block + half * kStagedHalf<3>);
     }
   }
   for (int i = 0; i < 4; ++i) sums[i] += own[i];

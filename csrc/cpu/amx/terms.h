@@ -21,9 +21,12 @@ struct TermsOfRow {
 template <int Terms>
 using Operand = std::conditional_t<Terms == 1, uint16_t, float>;
 
+// The upper halves of 32 lanes.
 inline __m512i joined_halves(vu low, vu high) {
-  const auto half = [](vu v) { return _mm512_cvtepi32_epi16((__m512i)(v >> 16)); };
-  return _mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1);
+  alignas(64) static const uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16((__m512i)low, _mm512_load_si512(kOdd), (__m512i)high);
 }
 
 inline Lanes lanes_of(__m512i row) {
@@ -31,32 +34,36 @@ inline Lanes lanes_of(__m512i row) {
           upper_halves(_mm512_extracti64x4_epi64(row, 1))};
 }
 
-__attribute__((always_inline)) inline TermsOfRow<3> split_rounded(vf low, vf high) {
-  TermsOfRow<3> row;
-  // Rounded, what lies above the largest bf16 would become infinite.
-  constexpr uint32_t kLargest = 0x7f7f0000u, kInfinity = 0x7f800000u;
-  const vu bits = (as_bits(low) & 0x7fffffffu), others = (as_bits(high) & 0x7fffffffu);
-  const __m512i most = _mm512_max_epu32((__m512i)bits, (__m512i)others);
-  if (__builtin_expect(_mm512_cmpgt_epu32_mask(most, _mm512_set1_epi32(kLargest)), 0)) {
-    split_not_finite |= _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(kInfinity)) != 0;
-    const Terms a = split(low), b = split(high);
-    for (int i = 0; i < 3; ++i) row.term[i] = joined_halves(a.part[i], b.part[i]);
-    return row;
+// As split, with the first two terms rounded to nearest, ties away from zero: the second has at
+// most 2^-9 of the value, and the last one is what is left.
+__attribute__((always_inline)) inline Terms split_rounded(vf v) {
+  constexpr uint32_t kUpper = 0xffff0000u, kHalf = 0x8000u;
+  constexpr uint32_t kLargest = 0x7f7f0000u;  // of bf16: rounded, what is above would be infinite
+  const vu magnitude = as_bits(v) & 0x7fffffffu;
+  if (__builtin_expect(
+          _mm512_cmpgt_epu32_mask((__m512i)magnitude, _mm512_set1_epi32(kLargest)) != 0, 0)) {
+    split_not_finite |=
+        _mm512_cmpge_epu32_mask((__m512i)magnitude, _mm512_set1_epi32(0x7f800000)) != 0;
+    return split(v);
   }
-  for (int i = 0; i < 3; ++i) {
-    row.term[i] = rounded(low, high);
-    const Lanes own = lanes_of(row.term[i]);
-    low -= own.low, high -= own.high;
+  Terms terms;
+  for (int i = 0; i < 2; ++i) {
+    terms.part[i] = (as_bits(v) + kHalf) & kUpper;
+    v -= as_float(terms.part[i]);
   }
-  return row;
+  terms.part[2] = as_bits(v);
+  return terms;
 }
 
 template <int Terms>
 inline TermsOfRow<Terms> terms_of(vf low, vf high) {
-  if constexpr (Terms == 1)
+  if constexpr (Terms == 1) {
     return {{rounded(low, high)}};
-  else
-    return split_rounded(low, high);
+  } else {
+    const auto a = split_rounded(low), b = split_rounded(high);
+    return {{joined_halves(a.part[0], b.part[0]), joined_halves(a.part[1], b.part[1]),
+             joined_halves(a.part[2], b.part[2])}};
+  }
 }
 
 // 32 values of a row, of those `lanes` says; the others are zero.
@@ -67,7 +74,7 @@ inline TermsOfRow<Terms> load_terms(const Operand<Terms>* from, __mmask32 lanes)
   } else {
     const Lanes row =
         load_row(from, static_cast<__mmask16>(lanes), static_cast<__mmask16>(lanes >> kLanes));
-    return split_rounded(row.low, row.high);
+    return terms_of<3>(row.low, row.high);
   }
 }
 
@@ -119,27 +126,23 @@ void pack_transposed_terms(const Matrix& w, int64_t row, int64_t k, uint16_t* ti
   }
 }
 
-// Pairs of rows as a pair of rows of interleaved tiles.
-template <int Terms>
-inline void interleave_terms(const TermsOfRow<Terms>& first, const TermsOfRow<Terms>& second,
-                             uint16_t* to) {
-  for (int term = 0; term < Terms; ++term, to += kStepElements) {
-    const Interleaved both = interleave_lanes(first.term[term], second.term[term]);
-    _mm512_store_si512(to, both.lower);
-    _mm512_store_si512(to + kTileElements, both.upper);
-  }
+// Two rows of 32 fp32 values as a row of a step's interleaved tiles.
+inline void interleave_terms(const Lanes& first, const Lanes& second, uint16_t* to) {
+  const Terms upper[2] = {split_rounded(first.low), split_rounded(first.high)};
+  const Terms lower[2] = {split_rounded(second.low), split_rounded(second.high)};
+  for (int term = 0; term < 3; ++term, to += kStepElements)
+    for (int half = 0; half < 2; ++half)
+      store_pairs(to + half * kTileElements, pair(upper[half].part[term], lower[half].part[term]));
 }
 
-// A step of a panel: rows [k, k + 32) of w [K, N] and its columns [col, col + 32).
-template <int Terms>
-void pack_pairs_of_terms(const Matrix& w, int64_t k, int64_t col, uint16_t* tiles) {
-  const __mmask32 lanes = lower_lanes(w.cols - col);
+// A step of a panel: rows [k, k + 32) of w [K, N] in fp32 and its columns [col, col + 32).
+inline void pack_pairs_of_terms(const Matrix& w, int64_t k, int64_t col, uint16_t* tiles) {
+  const __mmask16 first = lower_floats(w.cols - col), second = lower_floats(w.cols - col - kLanes);
   const auto row = [&](int64_t i) {
-    return i < w.rows && lanes ? load_terms<Terms>(element_of<Terms>(w, i, col), lanes)
-                               : TermsOfRow<Terms>{};
+    return i < w.rows ? load_row(element_of<3>(w, i, col), first, second) : Lanes{};
   };
   for (int64_t p = 0; p < kTileSide; ++p)
-    interleave_terms<Terms>(row(k + 2 * p), row(k + 2 * p + 1), tiles + p * kTileDepth);
+    interleave_terms(row(k + 2 * p), row(k + 2 * p + 1), tiles + p * kTileDepth);
 }
 
 // One of the six products of a step: registers 4 and 5 times 6 and 7, the blocks' and the panel's
