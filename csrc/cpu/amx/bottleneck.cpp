@@ -100,8 +100,8 @@ void activate(const float* results, const float* bias, const MutableMatrix& z, i
     Lanes own{load(sums) + added.low, load(sums + kLanes) + added.high};
     if constexpr (Terms == 1) own = lanes_of(rounded(own.low, own.high));
     if (i < rows)
-      store_row(static_cast<Operand<Terms>*>(z.data) + (row + i) * z.stride + col, own, first,
-                second);
+      store_row<true>(static_cast<Operand<Terms>*>(z.data) + (row + i) * z.stride + col, own, first,
+                      second);
     put_row<Terms>(h, step, i, A::value(own.low), A::value(own.high));
   }
 }

@@ -149,11 +149,11 @@ inline Lanes load_row(const T* from, __mmask16 first, __mmask16 second) {
     return {upper_halves(_mm256_maskz_loadu_epi16(first, from)),
             upper_halves(_mm256_maskz_loadu_epi16(second, from + kLanes))};
 }
-// Whole lines go around the caches, which would have to read them first; who stores so ends with a
-// fence.
-template <typename T>
+// Whole lines go around the caches, which would have to read them first, unless they are read again
+// soon; who stores so ends with a fence.
+template <bool Again = false, typename T>
 inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second) {
-  const bool whole = second == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const bool whole = !Again && second == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   if constexpr (sizeof(T) == sizeof(float)) {
     if (whole) {
       _mm512_stream_ps(to, (__m512)row.low);
