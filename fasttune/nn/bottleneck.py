@@ -51,8 +51,8 @@ class BottleneckAdapter(nn.Module):
 
     The op :func:`fasttune.ops.bottleneck` computes it where there is something to gain: on a GPU in
     16 bits up to 128 wide, if the parameters have another dtype or the input is large; on a CPU
-    with AMX in bf16, and in fp32 for many rows of a narrow one; on other CPUs with dropout, or with
-    a trained scale of a large input (fasttune/ops/policy.py). Otherwise, and where ``down`` or
+    with AMX in bf16, and in fp32 for many rows; on other CPUs with dropout, or with a trained scale
+    of a large input (fasttune/ops/policy.py). Otherwise, and where ``down`` or
     ``up`` is no plain linear layer any more, it is four or five operations of torch, which run as
     they are.
 

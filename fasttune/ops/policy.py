@@ -44,7 +44,7 @@ class Limits:
             beyond, torch's operations run.
         bottleneck_rows: rows of its input where it is computed whole in fp32 (Xeon with AMX; a
             width of 16 to 48: 0.91 to 1.16 times as fast as torch at 256 rows, 1.14 to 1.54 at
-            2048).
+            2048; of 64 and 256: 0.89 to 1.22, 0.97 to 1.30 at 512, 1.02 to 1.43 at 2048).
         bottleneck_cuda: input of one on a GPU whose parameters have the dtype that it is computed
             in: kernels take 0.4 to 0.9 of torch's time at any size, the host 0.9 to 1.2 (H200).
             With others, which torch casts first, the host takes 0.7 to 1.0.
