@@ -165,7 +165,7 @@ def table(results: dict[str, Result], steps: int) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Result]:
-    options = parser(__doc__, steps=30, batch_size=16)
+    options = parser(__doc__, steps=24, batch_size=16)
     options.add_argument("--data", type=Path, help="the source archive of vaderSentiment")
     options.add_argument("--model", type=Path, help="a folder with a BERT model and its tokenizer")
     options.add_argument(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -11,7 +13,8 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +64,38 @@ def build(sources: Sequence[Path], csrc: Path, macros: Sequence[str] = ()) -> Pa
     cache = Path(tempfile.gettempdir()) / f"fasttune-cuda-on-host-{os.getuid()}"
     cache.mkdir(exist_ok=True, mode=0o700)
     library = cache / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    with _alone(library):
+        if not library.exists():
+            _compile(sources, csrc, macros, library)
+    return library
+
+
+@contextlib.contextmanager
+def _alone(library: Path) -> Iterator[None]:
+    """One process at a time makes a library; the others wait for it."""
+    with open(f"{library}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(sources: Sequence[Path], csrc: Path, macros: Sequence[str], library: Path) -> None:
     defines = [f"-D{name}" for name in macros]
     with tempfile.TemporaryDirectory() as directory:
-        objects: list[str] = []
-        for path in [*sources, *sorted(csrc.glob("emulator/*.cpp"))]:
-            objects.append(f"{directory}/{len(objects)}.o")
+
+        def compile_one(job: tuple[int, Path]) -> str:
+            index, path = job
+            name = f"{directory}/{index}.o"
             checks = _CHECKS if path.suffix == ".cu" else []
-            _run(
-                "g++",
-                *_FLAGS,
-                *checks,
-                *defines,
-                f"-I{csrc}",
-                "-x",
-                "c++",
-                "-c",
-                path,
-                "-o",
-                objects[-1],
-            )
+            options = [*_FLAGS, *checks, *defines, f"-I{csrc}"]
+            _run("g++", *options, "-x", "c++", "-c", path, "-o", name)
+            return name
+
+        jobs = enumerate([*sources, *sorted(csrc.glob("emulator/*.cpp"))])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, jobs))
         _run("g++", "-shared", *objects, "-ldl", "-o", f"{directory}/library.so")
         shutil.copy(f"{directory}/library.so", f"{library}.{os.getpid()}")
         os.replace(f"{library}.{os.getpid()}", library)
-    return library
 
 
 def _run(*command: str | Path) -> None:
@@ -181,22 +191,23 @@ def _bind(csrc: Path, kernels: Path) -> Path:
     module = kernels.with_name(
         f"_cuda-{digest.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
     )
-    if not module.exists():
-        partial = module.with_name(f"{module.name}.{os.getpid()}")
-        includes = (csrc, pybind11.get_include(), sysconfig.get_path("include"))
-        options = [*_FLAGS, '-DFASTTUNE_CUDA_TARGETS="the emulator"', "-fvisibility=hidden"]
-        options += [f"-I{path}" for path in includes]
-        _run(
-            "g++",
-            *options,
-            "-shared",
-            source,
-            kernels,
-            f"-Wl,-rpath,{kernels.parent}",
-            "-o",
-            partial,
-        )
-        os.replace(partial, module)
+    with _alone(module):
+        if not module.exists():
+            partial = module.with_name(f"{module.name}.{os.getpid()}")
+            includes = (csrc, pybind11.get_include(), sysconfig.get_path("include"))
+            options = [*_FLAGS, '-DFASTTUNE_CUDA_TARGETS="the emulator"', "-fvisibility=hidden"]
+            options += [f"-I{path}" for path in includes]
+            _run(
+                "g++",
+                *options,
+                "-shared",
+                source,
+                kernels,
+                f"-Wl,-rpath,{kernels.parent}",
+                "-o",
+                partial,
+            )
+            os.replace(partial, module)
     return module
 
 
