@@ -51,6 +51,29 @@ def results(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {**found, **{n: p.grad for n, p in trainable(model).items() if p.grad is not None}}
 
 
+def products(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """The products that a step has to do, and nothing else: two of the base, three of each factor
+    in the dtype of x."""
+    own = {name: p.detach().to(x.dtype) for name, p in model.named_parameters()}
+    base, a, b = (
+        next(p for name, p in own.items() if part in name)
+        for part in ("base_layer", "lora_A", "lora_B")
+    )
+    x = x.detach()
+
+    def step() -> None:
+        torch.mm(x, base.t())
+        t = torch.mm(x, a.t())
+        torch.mm(t, b.t())
+        torch.mm(dy, base)
+        d = torch.mm(dy, b)
+        torch.mm(d, a)
+        torch.mm(d.t(), x)
+        torch.mm(dy.t(), t)
+
+    return step
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("rows", ROWS)
@@ -67,5 +90,25 @@ def test_dora_time(paired, device: str, rows: int, dtype: torch.dtype, dropout: 
     paired(
         make_step(stock, x, dy), make_step(patched, x, dy), check=check, dtype=dtype,
         model="dora", shape=[rows, FEATURES, OUTPUTS], rank=RANK, dropout=dropout,
+        base_dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_dora_limit(paired, device: str, rows: int, dtype: torch.dtype) -> None:
+    """Against what is left if everything but the products cost nothing."""
+    stock, patched = (layer(dtype, 0.0, device) for _ in range(2))
+    fasttune.patch(patched, strict=True)
+    x = torch.randn(rows, FEATURES, device=device).to(dtype).requires_grad_()
+    dy = torch.randn(rows, OUTPUTS, device=device).to(dtype)
+
+    def check() -> tuple[dict, dict, dict]:
+        truth = results(layer(dtype, 0.0, device).double(), x.double(), dy.double())
+        return results(stock, x, dy), results(patched, x, dy), truth
+
+    paired(
+        products(patched, x, dy), make_step(patched, x, dy), check=check, dtype=dtype,
+        model="dora", shape=[rows, FEATURES, OUTPUTS], rank=RANK, against="products",
         base_dtype=str(dtype).removeprefix("torch."),
     )  # fmt: skip
