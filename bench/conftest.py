@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not results:
         return
     Console(width=TABLE_WIDTH).print(table(results))
-    command = " ".join(("pytest", *config.invocation_params.args))
+    command = " ".join(("pytest", *_without_folder(config.invocation_params.args)))
     for path in write(config.getoption("--results"), environment(command), results):
         terminalreporter.write_line(f"wrote {path.name}")
+
+
+def _without_folder(args: Sequence[str]) -> list[str]:
+    """The arguments but for where results go, a path of this machine."""
+    kept, skip = [], False
+    for arg in args:
+        if not skip and arg != "--results" and not arg.startswith("--results="):
+            kept.append(arg)
+        skip = arg == "--results"
+    return kept
