@@ -80,6 +80,13 @@ inline bool rows_aligned(const void* data, int64_t stride, int64_t element_bytes
          (data == nullptr || stride * element_bytes % kVectorBytes == 0);
 }
 
+// Blocks for so many items; further ones are taken in turns.
+inline dim3 grid_for(int64_t items, int threads) {
+  constexpr int64_t kMaxBlocks = 65535;
+  const int64_t blocks = (items + threads - 1) / threads;
+  return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+}
+
 template <typename F>
 void with_element(DType dtype, F&& body) {
   switch (dtype) {

@@ -10,7 +10,6 @@ namespace fasttune::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 65535;  // further runs are taken in turns
 constexpr int kRun = 8;
 
 template <typename T, int N>
@@ -97,11 +96,6 @@ bool aligned(const Matrix& matrix) {
   return rows_aligned(matrix.data, matrix.stride, size_of(matrix.dtype));
 }
 
-dim3 grid_for(int64_t runs) {
-  const int64_t blocks = (runs + kThreads - 1) / kThreads;
-  return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-}
-
 }  // namespace
 
 void launch_bias_activation(const BiasActivation& args, Stream stream) {
@@ -114,8 +108,8 @@ void launch_bias_activation(const BiasActivation& args, Stream stream) {
         whole ? bias_activation_kernel<A, false, kRun> : bias_activation_kernel<A, false, 1>;
     if (args.dy.data)
       kernel = whole ? bias_activation_kernel<A, true, kRun> : bias_activation_kernel<A, true, 1>;
-    launch(kernel, grid_for(args.rows * args.cols / (whole ? kRun : 1)), dim3(kThreads), 0, stream,
-           args);
+    launch(kernel, grid_for(args.rows * args.cols / (whole ? kRun : 1), kThreads), dim3(kThreads),
+           0, stream, args);
   });
 }
 
@@ -124,8 +118,8 @@ void launch_scaled_sum(const ScaledSum& args, Stream stream) {
   const bool whole = args.cols % kRun == 0 && aligned(args.x) && aligned(args.addend) &&
                      aligned(args.column_scale) && aligned(args.out);
   const auto kernel = whole ? scaled_sum_kernel<kRun> : scaled_sum_kernel<1>;
-  launch(kernel, grid_for(args.rows * args.cols / (whole ? kRun : 1)), dim3(kThreads), 0, stream,
-         args);
+  launch(kernel, grid_for(args.rows * args.cols / (whole ? kRun : 1), kThreads), dim3(kThreads), 0,
+         stream, args);
 }
 
 }  // namespace fasttune::cuda

@@ -7,7 +7,6 @@ namespace fasttune::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 65535;  // further packs are taken in turns
 
 template <typename A, typename T, int N>
 __global__ void __launch_bounds__(kThreads) glu_fwd_kernel(GluForward args) {
@@ -47,11 +46,6 @@ __global__ void __launch_bounds__(kThreads) glu_bwd_kernel(GluBackward args) {
   }
 }
 
-dim3 grid_for(int64_t packs) {
-  const int64_t blocks = (packs + kThreads - 1) / kThreads;
-  return dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-}
-
 }  // namespace
 
 void launch_glu_fwd(const GluForward& args, Stream stream) {
@@ -66,8 +60,8 @@ void launch_glu_fwd(const GluForward& args, Stream stream) {
     with_activation(args.activation, [&](auto activation) {
       using A = decltype(activation);
       const auto kernel = aligned ? glu_fwd_kernel<A, T, N> : glu_fwd_kernel<A, T, 1>;
-      launch(kernel, grid_for(args.rows * args.cols / (aligned ? N : 1)), dim3(kThreads), 0, stream,
-             args);
+      launch(kernel, grid_for(args.rows * args.cols / (aligned ? N : 1), kThreads), dim3(kThreads),
+             0, stream, args);
     });
   });
 }
@@ -85,8 +79,8 @@ void launch_glu_bwd(const GluBackward& args, Stream stream) {
     with_activation(args.activation, [&](auto activation) {
       using A = decltype(activation);
       const auto kernel = aligned ? glu_bwd_kernel<A, T, N> : glu_bwd_kernel<A, T, 1>;
-      launch(kernel, grid_for(args.rows * args.cols / (aligned ? N : 1)), dim3(kThreads), 0, stream,
-             args);
+      launch(kernel, grid_for(args.rows * args.cols / (aligned ? N : 1), kThreads), dim3(kThreads),
+             0, stream, args);
     });
   });
 }

@@ -16,7 +16,7 @@
 namespace fasttune::cpu::FASTTUNE_ISA {
 namespace {
 
-constexpr int64_t kNarrow = 48;
+constexpr int64_t kNarrow = 48;  // as _NARROW of fasttune/_native/bottleneck.py
 
 // finish(results, i, panel) with each of `count` packed blocks of rows times each panel of w, at
 // most kSumSteps deep in fp32; a panel stays for all of them.
