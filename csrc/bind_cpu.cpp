@@ -1,4 +1,4 @@
-// The extension module fasttune._cpu: addresses, sizes and codes in, no logic. _native.py
+// The extension module fasttune._cpu: tensors, addresses and codes in, no logic. fasttune/_native
 // validates.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,6 +10,7 @@
 
 #include "cpu/attention_plan.h"
 #include "cpu/isa.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace fasttune;
@@ -17,23 +18,20 @@ using namespace fasttune::cpu;
 
 namespace {
 
-Matrix matrix(uintptr_t data, int64_t rows, int64_t cols, int64_t stride, int dtype) {
-  return {reinterpret_cast<const void*>(data), rows, cols, stride, static_cast<DType>(dtype)};
-}
-MutableMatrix mutable_matrix(uintptr_t data, int64_t rows, int64_t cols, int64_t stride,
-                             int dtype) {
-  return {reinterpret_cast<void*>(data), rows, cols, stride, static_cast<DType>(dtype)};
-}
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// What is not wanted comes without data.
+MutableMatrix or_absent(const MutableMatrix* out, const Matrix& like) {
+  return out == nullptr ? MutableMatrix{nullptr, like.rows, like.cols, 0, like.dtype} : *out;
 }
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  py::class_<Matrix>(m, "Matrix").def(py::init(&matrix));
-  py::class_<MutableMatrix>(m, "MutableMatrix").def(py::init(&mutable_matrix));
+  m.def("use_tensors", &Tensors::use);
   py::class_<Dropout>(m, "Dropout")
       .def(py::init([](uint64_t seed, uint32_t threshold, uint32_t branch, uint64_t row_offset) {
         return Dropout{seed, threshold, branch, row_offset, nullptr, 0};
@@ -203,49 +201,38 @@ PYBIND11_MODULE(_cpu, m) {
         kernels().deep_product(x, w, transposed, out, pointer<float>(partial), threads);
       },
       release());
-  // Vectors and outputs, which are contiguous, come as their address, 0 for none, and their dtype.
-  using Flat = std::pair<uintptr_t, int>;
   m.def(
       "bottleneck_forward",
       [](const Matrix& x, const Matrix& down, const Matrix& up, const Flat& down_bias,
          int activation, float factor, const Dropout& dropout, const Matrix* residual,
-         const Flat& up_bias, const Flat& scale, uintptr_t z, const Flat& y, int threads) {
-        const auto flat = [](const Flat& given, int64_t size) {
-          return Matrix{pointer<const void>(given.first), 1, size, size,
-                        static_cast<DType>(given.second)};
+         const Flat& up_bias, const Flat& scale, const MutableMatrix& z, const MutableMatrix& y,
+         int threads) {
+        const auto vector = [](const Flat& given, int64_t size) {
+          return Matrix{given.data, 1, size, size, given.dtype};
         };
         const auto given = [](const Matrix& vector) { return vector.data ? &vector : nullptr; };
-        const Matrix inner = flat(down_bias, down.rows), outer = flat(up_bias, up.rows);
-        const Matrix columns = flat(scale, up.rows);
+        const Matrix inner = vector(down_bias, down.rows), outer = vector(up_bias, up.rows);
+        const Matrix columns = vector(scale, up.rows);
         return kernels().bottleneck_forward(
             {x, down, up, given(inner), activation, factor, dropout}, residual, given(outer),
-            given(columns), {pointer<void>(z), x.rows, down.rows, down.rows, x.dtype},
-            {pointer<void>(y.first), x.rows, up.rows, up.rows, static_cast<DType>(y.second)},
-            threads);
+            given(columns), z, y, threads);
       },
       release());
   m.def(
       "bottleneck_backward",
       [](const Matrix& x, const Matrix& down, const Matrix& up, int activation, float factor,
-         const Dropout& dropout, const Matrix& dy, uintptr_t z, const Matrix* addend,
-         float outer_factor, const Flat& dx, const Flat& ddown, const Flat& ddown_bias,
-         const Flat& dup, const Flat& dup_bias, int threads) {
-        const auto flat = [](const Flat& given, int64_t rows, int64_t cols) {
-          return MutableMatrix{pointer<void>(given.first), rows, cols, cols,
-                               static_cast<DType>(given.second)};
+         const Dropout& dropout, const Matrix& dy, const Matrix& z, const Matrix* addend,
+         float outer_factor, const MutableMatrix* dx, const MutableMatrix* ddown,
+         const Flat& ddown_bias, const MutableMatrix* dup, const Flat& dup_bias, int threads) {
+        const auto vector = [](const Flat& given, int64_t size) {
+          return MutableMatrix{given.data, 1, size, size, given.dtype};
         };
         const auto wanted = [](const MutableMatrix& out) { return out.data ? &out : nullptr; };
-        const MutableMatrix own_dx = flat(dx, x.rows, x.cols),
-                            own_down = flat(ddown, down.rows, down.cols),
-                            own_down_bias = flat(ddown_bias, 1, down.rows),
-                            own_up = flat(dup, up.rows, up.cols),
-                            own_up_bias = flat(dup_bias, 1, up.rows);
+        const MutableMatrix own_down_bias = vector(ddown_bias, down.rows),
+                            own_up_bias = vector(dup_bias, up.rows);
         return kernels().bottleneck_backward(
-            {x, down, up, nullptr, activation, factor, dropout}, dy,
-            {pointer<const void>(z), x.rows, down.rows, down.rows, x.dtype}, addend, outer_factor,
-            {wanted(own_dx), wanted(own_down), wanted(own_down_bias), wanted(own_up),
-             wanted(own_up_bias)},
-            threads);
+            {x, down, up, nullptr, activation, factor, dropout}, dy, z, addend, outer_factor,
+            {dx, ddown, wanted(own_down_bias), dup, wanted(own_up_bias)}, threads);
       },
       release());
   m.def(
@@ -287,9 +274,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "scaled_glu_backward",
       [](const Matrix& dy, const Matrix& gate, const Matrix& up, uintptr_t scale,
-         const MutableMatrix& dgate, const MutableMatrix& dup, const ColumnSums& dscale,
+         const MutableMatrix* dgate, const MutableMatrix* dup, const ColumnSums& dscale,
          int activation, int threads) {
-        kernels().scaled_glu_backward(dy, gate, up, pointer<const float>(scale), dgate, dup, dscale,
+        kernels().scaled_glu_backward(dy, gate, up, pointer<const float>(scale),
+                                      or_absent(dgate, dy), or_absent(dup, dy), dscale,
                                       static_cast<Activation>(activation), threads);
       },
       release());
@@ -317,10 +305,10 @@ PYBIND11_MODULE(_cpu, m) {
       release());
   m.def(
       "glu_backward",
-      [](const Matrix& dy, const Matrix& gate, const Matrix& up, const MutableMatrix& dgate,
-         const MutableMatrix& dup, int activation, int threads) {
-        kernels().glu_backward(dy, gate, up, dgate, dup, static_cast<Activation>(activation),
-                               threads);
+      [](const Matrix& dy, const Matrix& gate, const Matrix& up, const MutableMatrix* dgate,
+         const MutableMatrix* dup, int activation, int threads) {
+        kernels().glu_backward(dy, gate, up, or_absent(dgate, dy), or_absent(dup, dy),
+                               static_cast<Activation>(activation), threads);
       },
       release());
   m.def(

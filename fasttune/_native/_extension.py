@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib
 import mmap
 import sys
 import threading
 from contextlib import suppress
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -35,12 +36,16 @@ def cpu() -> ModuleType:
     """The extension module, loaded at the first use.
 
     Raises:
-        ImportError: the extension was not built for this Python.
+        ImportError: the extension was not built for this Python, or torch's tensors are exchanged
+            in a way that it does not know.
     """
     _bind_openmp()
-    from fasttune import _cpu
-
-    return _cpu
+    extension = importlib.import_module("fasttune._cpu")
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None:
+        raise ImportError("fasttune._cpu needs DLPack's C exchange API, which torch 2.13 has")
+    extension.use_tensors(exchange, Tensor, Parameter)
+    return extension
 
 
 @lru_cache(maxsize=1)
@@ -110,21 +115,11 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def matrix(x: Tensor, *, mutable: bool = False) -> Any:
-    if x.is_neg():
-        raise ValueError("expected a tensor without the negative bit")
-    shape, strides = x.shape, x.stride()
-    if len(shape) != 2 or (strides[1] != 1 and shape[1] > 1 and shape[0]):
-        raise ValueError(f"expected a matrix with unit column stride, got {shape}, {strides}")
-    kind = cpu().MutableMatrix if mutable else cpu().Matrix
-    return kind(x.data_ptr(), shape[0], shape[1], strides[0], DTYPE_CODES[x.dtype])
-
-
 def fp32(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32).resolve_neg().contiguous()
 
 
 def convert(src: Tensor, dst: Tensor) -> Tensor:
     """dst [M, N] = src [M, N], rounded to nearest even; returns dst."""
-    cpu().convert(matrix(src), matrix(dst, mutable=True), threads())
+    cpu().convert(src, dst, threads())
     return dst

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import DTYPE_CODES, cpu, matrix, room
+from fasttune._native._extension import DTYPE_CODES, cpu, room
 
 # Rows are shared out in at most this many parts, the same whatever the number of threads, so that
 # sums over the rows have one order; a part has at least MIN_ROWS rows, the price of its partial
@@ -40,7 +40,3 @@ def column_sums(name: str, wanted: bool, count: int, cols: int) -> tuple[Tensor 
     out = torch.empty(cols, dtype=torch.float32)
     partial = room(name, count * cols) if count else 0
     return out, cpu().ColumnSums(out.data_ptr(), partial, count)
-
-
-def optional_matrix(x: Tensor | None, *, mutable: bool = False) -> Any:
-    return None if x is None else matrix(x, mutable=mutable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, matrix, room, threads
+from fasttune._native._extension import cpu, room, threads
 
 _FEWEST_ROWS = 64  # kFewestRows of csrc/cpu/amx/lora_blocks.h
 # Packed rows of x are as many as fit the second-level cache, and for each such chunk w is packed
@@ -43,6 +43,6 @@ def deep_product(x: Tensor, w: Tensor) -> Tensor:
     out = torch.empty(rows, cols)
     partial = room("deep_product", (cpu().DEEP_SUMS - 1) * rows * cols)
     transposed = w.stride(1) != 1
-    right = matrix(w.t() if transposed else w)
-    cpu().deep_product(matrix(x), right, transposed, matrix(out, mutable=True), partial, threads())
+    right = w.t() if transposed else w
+    cpu().deep_product(x, right, transposed, out, partial, threads())
     return out

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native._activation import activation_codes
-from fasttune._native._extension import cpu, fp32, matrix, room, threads
+from fasttune._native._extension import cpu, fp32, room, threads
 
 
 def bias_activation_forward(
@@ -20,9 +20,9 @@ def bias_activation_forward(
     y = torch.empty(x.shape, dtype=dtype)
     row = None if bias is None else fp32(bias)
     cpu().bias_activation_forward(
-        matrix(x),
+        x,
         0 if row is None else row.data_ptr(),
-        matrix(y, mutable=True),
+        y,
         activation_codes()[activation],
         threads(),
     )
@@ -41,10 +41,10 @@ def bias_activation_backward(
     dx = torch.empty(x.shape, dtype=dx_dtype)
     row = None if bias is None else fp32(bias)
     cpu().bias_activation_backward(
-        matrix(dy),
-        matrix(x),
+        dy,
+        x,
         0 if row is None else row.data_ptr(),
-        matrix(dx, mutable=True),
+        dx,
         activation_codes()[activation],
         threads(),
     )
@@ -56,5 +56,5 @@ def column_sum(x: Tensor) -> Tensor:
     rows, cols = x.shape
     out = torch.empty(cols, dtype=torch.float32)
     partial = room("column_sum", -(-rows // cpu().SUM_ROWS) * cols)
-    cpu().column_sum(matrix(x), partial, out.data_ptr(), threads())
+    cpu().column_sum(x, partial, out.data_ptr(), threads())
     return out

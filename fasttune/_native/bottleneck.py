@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from fasttune._native._activation import activation_codes
-from fasttune._native._extension import DTYPE_CODES, cpu, matrix, threads
+from fasttune._native._extension import cpu, threads
 from fasttune._native.base_product import has_base_product
 from fasttune._native.lora_linear import MAX_RANK, dropout_of
 
 _FEWEST_ROWS = 64  # on tiles: below, a call is mostly the packing of the weights
 _NARROW = 48
-_ADDENDS = (torch.bfloat16, torch.float32)
+_ADDENDS = {torch.bfloat16, torch.float32}
 
 
 def takes_bottleneck(
@@ -29,15 +29,17 @@ def takes_bottleneck(
     rank = down.shape[0]
     if up.numel() == 0 or rank > MAX_RANK:
         return False
-    tiles = x.numel() >= _FEWEST_ROWS * max(1, x.shape[-1]) and has_base_product()
     if dtype == torch.float32:
         same = x.dtype == down.dtype == up.dtype == dtype
         if not same or (wide is not None and wide.dtype != dtype):
             return False
-        return tiles if rank > _NARROW else not (rank % cpu().LANES or threshold)
-    if dtype != torch.bfloat16 or x.dtype not in _ADDENDS:
-        return False
-    return tiles and (wide is None or wide.dtype in _ADDENDS)
+        if rank <= _NARROW:
+            return not (rank % cpu().LANES or threshold)
+    else:
+        dtypes = (x.dtype,) if wide is None else (x.dtype, wide.dtype)
+        if dtype != torch.bfloat16 or not _ADDENDS.issuperset(dtypes):
+            return False
+    return x.numel() >= _FEWEST_ROWS * max(1, x.shape[-1]) and has_base_product()
 
 
 def bottleneck_forward(
@@ -64,23 +66,13 @@ def bottleneck_forward(
     down_bias, up_bias = _vector(down_bias), _vector(up_bias)
     scale = _vector(scale if scale is None else scale.expand(up.shape[0]))
     rows = x.shape[0]
-    z = torch.empty(rows, down.shape[0], dtype=dtype)
-    y = torch.empty(rows, up.shape[0], dtype=out_dtype)
+    outputs, rank = up.shape
+    z = torch.empty(rows, rank, dtype=dtype)
+    y = torch.empty(rows, outputs, dtype=out_dtype)
     done = cpu().bottleneck_forward(
-        matrix(x),
-        matrix(down),
-        matrix(up),
-        _flat(down_bias),
-        _code(activation),
-        factor,
-        dropout_of(seed, threshold, 0, 0),
-        None if residual is None else matrix(residual),
-        _flat(up_bias),
-        _flat(scale),
-        z.data_ptr(),
-        _flat(y),
-        threads(),
-    )
+        x, down, up, down_bias, _code(activation), factor, dropout_of(seed, threshold, 0, 0),
+        residual, up_bias, scale, z, y, threads(),
+    )  # fmt: skip
     return (y, z) if done else None
 
 
@@ -104,28 +96,28 @@ def bottleneck_backward(
 
     ``dtypes`` are those of the five; None for what is not wanted. None if it gave up, as above.
     """
-    shapes = (x.shape, down.shape, down.shape[:1], up.shape, up.shape[:1])
+    outputs, rank = up.shape
     found = [
-        None if dtype is None else torch.empty(shape, dtype=dtype)
-        for shape, dtype in zip(shapes, dtypes, strict=True)
+        _like(x, dtypes[0]),
+        _like(down, dtypes[1]),
+        None if dtypes[2] is None else torch.empty(rank, dtype=dtypes[2]),
+        _like(up, dtypes[3]),
+        None if dtypes[4] is None else torch.empty(outputs, dtype=dtypes[4]),
     ]
     dtype, z = z.dtype, z.contiguous()
     x, down, up, own = _rows(x, dtype), _whole(down, dtype), _whole(up, dtype), _rows(dy, dtype)
     done = cpu().bottleneck_backward(
-        matrix(x),
-        matrix(down),
-        matrix(up),
-        _code(activation),
-        factor,
-        dropout_of(seed, threshold, 0, 0),
-        matrix(own),
-        z.data_ptr(),
-        matrix(dy) if residual_is_x else None,
-        outer_factor,
-        *map(_flat, found),
-        threads(),
-    )
+        x, down, up, _code(activation), factor, dropout_of(seed, threshold, 0, 0), own, z,
+        dy if residual_is_x else None, outer_factor, *found, threads(),
+    )  # fmt: skip
     return found if done else None
+
+
+def _like(x: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """An output of that shape; a few times as fast as ``torch.empty`` of a torch.Size."""
+    if dtype is None:
+        return None
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,10 +130,6 @@ def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _vector(x: Tensor | None) -> Tensor | None:
     return x if x is None or (x.stride(0) == 1 and not x.is_neg()) else x.resolve_neg().contiguous()
-
-
-def _flat(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), DTYPE_CODES[x.dtype])
 
 
 def _code(activation: str) -> int:

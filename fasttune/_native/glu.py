@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fasttune._native._activation import activation_codes
-from fasttune._native._extension import DTYPE_CODES, cpu, matrix, threads
+from fasttune._native._extension import cpu, threads
 
 
 def glu_forward(
@@ -21,7 +19,7 @@ def glu_forward(
     dtype = torch.promote_types(gate.dtype, up.dtype)
     y = torch.empty(gate.shape, dtype=dtype)
     code = activation_codes()[activation]
-    cpu().glu_forward(matrix(gate), matrix(up), matrix(y, mutable=True), code, threads())
+    cpu().glu_forward(gate, up, y, code, threads())
     return y
 
 
@@ -36,18 +34,11 @@ def glu_backward(
 ) -> None:
     """dgate = dy up act'(gate), dup = dy act(gate); None where not needed."""
     cpu().glu_backward(
-        matrix(dy),
-        matrix(gate),
-        matrix(up),
-        _target(dgate, dy),
-        _target(dup, dy),
+        dy,
+        gate,
+        up,
+        dgate,
+        dup,
         activation_codes()[activation],
         threads(),
     )
-
-
-def _target(out: Tensor | None, like: Tensor) -> Any:
-    """``out``, or a matrix without data."""
-    if out is not None:
-        return matrix(out, mutable=True)
-    return cpu().MutableMatrix(0, like.shape[0], like.shape[1], 0, DTYPE_CODES[like.dtype])

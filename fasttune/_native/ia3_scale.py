@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native import _norm
-from fasttune._native._extension import cpu, fp32, matrix, threads
+from fasttune._native._extension import cpu, fp32, threads
 
 
 def ia3_scale_backward(
@@ -23,10 +23,10 @@ def ia3_scale_backward(
     dscale, sums = _norm.column_sums("ia3_dscale", True, _norm.parts(rows, True), cols)
     assert dscale is not None
     cpu().ia3_scale_backward(
-        matrix(dy),
-        matrix(x),
+        dy,
+        x,
         factors.data_ptr(),
-        _norm.optional_matrix(dx, mutable=True),
+        dx,
         sums,
         threads(),
     )

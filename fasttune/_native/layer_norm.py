@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native import _norm
-from fasttune._native._extension import cpu, matrix, threads
+from fasttune._native._extension import cpu, threads
 
 
 def layer_norm_forward(
@@ -53,13 +53,13 @@ def _forward(
     mean = torch.empty(rows, dtype=torch.float32)
     rstd = torch.empty(rows, dtype=torch.float32)
     cpu().layer_norm_forward(
-        matrix(x),
-        _norm.optional_matrix(residual),
-        _norm.optional_matrix(s, mutable=True),
+        x,
+        residual,
+        s,
         _norm.vector("norm_scale", weight, weight_offset, cols),
         _norm.vector("norm_shift", bias, 0.0, cols),
         eps,
-        matrix(y, mutable=True),
+        y,
         mean.data_ptr(),
         rstd.data_ptr(),
         threads(),
@@ -87,13 +87,13 @@ def layer_norm_backward(
     dweight, weight_sums = _norm.column_sums("norm_dweight", need_dweight, count, cols)
     dbias, bias_sums = _norm.column_sums("norm_dbias", need_dbias, count, cols)
     cpu().layer_norm_backward(
-        matrix(dy),
-        matrix(x),
+        dy,
+        x,
         _norm.vector("norm_scale", weight, weight_offset, cols),
         mean.data_ptr(),
         rstd.data_ptr(),
-        _norm.optional_matrix(addend),
-        _norm.optional_matrix(dx, mutable=True),
+        addend,
+        dx,
         weight_sums,
         bias_sums,
         threads(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, matrix, room, threads
+from fasttune._native._extension import cpu, room, threads
 
 
 def cross_entropy_rows_(
@@ -28,7 +28,7 @@ def cross_entropy_rows_(
     targets = targets.contiguous()
     exponentials = room("exponentials", threads() * logits.shape[1]) if need_grad else 0
     cpu().cross_entropy_rows(
-        matrix(logits, mutable=True),
+        logits,
         targets.data_ptr(),
         ignore_index,
         logit_scale,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, fp32, matrix, threads
+from fasttune._native._extension import cpu, fp32, threads
 from fasttune._native.base_product import Product
 
 MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
@@ -25,8 +26,15 @@ class Reduced(NamedTuple):
 
 
 def dropout_of(seed: Tensor | None, threshold: int, branch: int, row_offset: int) -> Any:
-    bits = 0 if seed is None or threshold == 0 else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
+    if threshold == 0:
+        return _keep_all()
+    bits = 0 if seed is None else int(seed.item()) & 0xFFFFFFFFFFFFFFFF
     return cpu().Dropout(bits, threshold, branch, row_offset)
+
+
+@lru_cache(maxsize=1)
+def _keep_all() -> Any:
+    return cpu().Dropout(0, 0, 0, 0)
 
 
 def _by_vendor(wide: Tensor, rank: int, threshold: int = 0) -> bool:
@@ -64,7 +72,7 @@ def _transposed(x: Tensor, columns: int) -> Tensor:
         return _padded(x.t(), columns)
     x = x.resolve_neg()
     out = torch.empty(x.shape[1], columns, dtype=torch.float32)
-    cpu().transpose(matrix(x), out.data_ptr(), columns, threads())
+    cpu().transpose(x, out.data_ptr(), columns, threads())
     return out
 
 
@@ -91,7 +99,7 @@ def lora_down(
     panel = _transposed(a, _padded_rank(rank))  # [K, padded R]
     dropout = dropout_of(seed, threshold, branch, row_offset)
     factor = _scale(scale, scale_tensor)
-    cpu().lora_reduce(matrix(x), panel.data_ptr(), rank, factor, dropout, t.data_ptr(), threads())
+    cpu().lora_reduce(x, panel.data_ptr(), rank, factor, dropout, t.data_ptr(), threads())
     return t
 
 
@@ -156,7 +164,7 @@ def drop(
     """x * keep [M, K], not scaled."""
     out = torch.empty(x.shape, dtype=x.dtype)
     dropout = dropout_of(seed, threshold, branch, row_offset)
-    cpu().drop(matrix(x), dropout, matrix(out, mutable=True), threads())
+    cpu().drop(x, dropout, out, threads())
     return out
 
 
@@ -172,8 +180,7 @@ def lora_up_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """d [M, R] fp32 = scale dy B, db [N, R] = dy^T t; None where not needed."""
     d = db = None
-    incoming, none = matrix(dy), dropout_of(None, 0, 0, 0)
-    rank = b.shape[1]
+    none, rank = dropout_of(None, 0, 0, 0), b.shape[1]
     if _by_vendor(dy, rank):
         if need_d:
             d = torch.mm(dy, fp32(b)).mul_(_scale(scale, scale_tensor))
@@ -185,14 +192,12 @@ def lora_up_backward(
         d = torch.empty(dy.shape[0], rank, dtype=torch.float32)
         panel = _padded(b, _padded_rank(rank))
         factor = _scale(scale, scale_tensor)
-        cpu().lora_reduce(incoming, panel.data_ptr(), rank, factor, none, d.data_ptr(), threads())
+        cpu().lora_reduce(dy, panel.data_ptr(), rank, factor, none, d.data_ptr(), threads())
     if need_db:
         assert t is not None
         db = torch.empty_like(b, memory_format=torch.contiguous_format)
         padded = _padded(t, _padded_rank(rank))
-        cpu().lora_outer(
-            incoming, padded.data_ptr(), rank, none, matrix(db, mutable=True), False, threads()
-        )
+        cpu().lora_outer(dy, padded.data_ptr(), rank, none, db, False, threads())
     return d, db
 
 
@@ -244,11 +249,11 @@ def lora_down_backward(
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
         padded = _padded(d, _padded_rank(a.shape[0]))
         cpu().lora_outer(
-            matrix(x),
+            x,
             padded.data_ptr(),
             a.shape[0],
             dropout,
-            matrix(da, mutable=True),
+            da,
             True,
             threads(),
         )
@@ -273,11 +278,11 @@ def _expand(
         t.data_ptr(),
         panel.data_ptr(),
         t.shape[1],
-        None if addend is None else matrix(addend),
+        addend,
         0 if addend_scale is None else addend_scale.data_ptr(),
         0 if bias_fp32 is None else bias_fp32.data_ptr(),
         dropout,
-        matrix(out, mutable=True),
+        out,
         threads(),
     )
     if product is None:
@@ -290,5 +295,4 @@ def _expand(
         # The names of the arguments stay bound: they may be all that keeps their tensors alive.
         own = reduced.panel.data_ptr()
         reduction = cpu().Reduction(own, reduced.scale, reduced.dropout, t.data_ptr())
-    left, right = matrix(x), matrix(w.t() if transposed else w)
-    cpu().base_product(left, right, transposed, reduction, *arguments)
+    cpu().base_product(x, w.t() if transposed else w, transposed, reduction, *arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native._activation import activation_codes
-from fasttune._native._extension import cpu, fp32, matrix, threads
+from fasttune._native._extension import cpu, fp32, threads
 from fasttune._native.lora_linear import LANES, dropout_of
 
 
@@ -31,9 +31,7 @@ def reft_forward(
     call = operands.call(difference, activation, scale, seed, threshold)
     z, d = operands.results(), operands.results()
     x = None if rows is None else torch.empty(rows.shape[0], h.shape[1], dtype=h.dtype)
-    listed = None if x is None else matrix(x, mutable=True)
-    y_rows = matrix(y, mutable=True)
-    cpu().reft_forward(matrix(h), call, y_rows, listed, z.data_ptr(), d.data_ptr(), threads())
+    cpu().reft_forward(h, call, y, x, z.data_ptr(), d.data_ptr(), threads())
     return x, z, d
 
 
@@ -59,11 +57,11 @@ def reft_backward(
     dz, dd = operands.results(), operands.results()
     g = None if rows is None else torch.empty(rows.shape[0], dy.shape[1], dtype=dy.dtype)
     cpu().reft_backward(
-        matrix(dy),
+        dy,
         call,
         z.data_ptr(),
-        None if dh is None else matrix(dh, mutable=True),
-        None if g is None else matrix(g, mutable=True),
+        dh,
+        g,
         dz.data_ptr(),
         dd.data_ptr(),
         threads(),

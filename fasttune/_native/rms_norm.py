@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native import _norm
-from fasttune._native._extension import cpu, matrix, threads
+from fasttune._native._extension import cpu, threads
 
 
 def rms_norm_forward(
@@ -52,13 +52,13 @@ def _forward(
     y = torch.empty(rows, cols, dtype=out_dtype)
     rstd = torch.empty(rows, dtype=torch.float32)
     cpu().rms_norm_forward(
-        matrix(x),
-        _norm.optional_matrix(residual),
-        _norm.optional_matrix(s, mutable=True),
+        x,
+        residual,
+        s,
         _norm.vector("norm_scale", weight, weight_offset, cols),
         eps,
         round_first,
-        matrix(y, mutable=True),
+        y,
         rstd.data_ptr(),
         threads(),
     )
@@ -82,12 +82,12 @@ def rms_norm_backward(
     count = _norm.parts(rows, need_dweight)
     dweight, sums = _norm.column_sums("norm_dweight", need_dweight, count, cols)
     cpu().rms_norm_backward(
-        matrix(dy),
-        matrix(x),
+        dy,
+        x,
         _norm.vector("norm_scale", weight, weight_offset, cols),
         rstd.data_ptr(),
-        _norm.optional_matrix(addend),
-        _norm.optional_matrix(dx, mutable=True),
+        addend,
+        dx,
         sums,
         threads(),
     )

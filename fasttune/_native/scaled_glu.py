@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fasttune._native import _norm
 from fasttune._native._activation import activation_codes
-from fasttune._native._extension import DTYPE_CODES, cpu, fp32, matrix, threads
+from fasttune._native._extension import cpu, fp32, threads
 
 
 def scaled_glu_forward(
@@ -23,10 +21,10 @@ def scaled_glu_forward(
     y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
     factors = fp32(scale)
     cpu().scaled_glu_forward(
-        matrix(gate),
-        matrix(up),
+        gate,
+        up,
         factors.data_ptr(),
-        matrix(y, mutable=True),
+        y,
         activation_codes()[activation],
         threads(),
     )
@@ -62,21 +60,14 @@ def scaled_glu_backward(
     parts = _norm.parts(rows, need_dscale)
     dscale, sums = _norm.column_sums("scaled_glu_dscale", need_dscale, parts, cols)
     cpu().scaled_glu_backward(
-        matrix(dy),
-        matrix(gate),
-        matrix(up),
+        dy,
+        gate,
+        up,
         factors.data_ptr(),
-        _output(dgate, dy),
-        _output(dup, dy),
+        dgate,
+        dup,
         sums,
         activation_codes()[activation],
         threads(),
     )
     return dscale
-
-
-def _output(out: Tensor | None, like: Tensor) -> Any:
-    """``out``, or a matrix without data."""
-    if out is not None:
-        return matrix(out, mutable=True)
-    return cpu().MutableMatrix(0, like.shape[0], like.shape[1], 0, DTYPE_CODES[like.dtype])

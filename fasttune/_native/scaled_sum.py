@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasttune._native._extension import cpu, fp32, matrix, threads
+from fasttune._native._extension import cpu, fp32, threads
 from fasttune._native.lora_linear import dropout_of
 
 
@@ -23,12 +23,12 @@ def scaled_sum(
     out = torch.empty(x.shape, dtype=out_dtype)
     columns = None if column_scale is None else fp32(column_scale)
     cpu().scaled_sum(
-        matrix(x),
-        None if addend is None else matrix(addend),
+        x,
+        addend,
         0 if columns is None else columns.data_ptr(),
         scale,
         dropout_of(seed, threshold, 0, 0),
-        matrix(out, mutable=True),
+        out,
         threads(),
     )
     return out

@@ -99,15 +99,17 @@ class BottleneckAdapter(nn.Module):
         residual = x if residual is None else residual
         dropout = self.dropout if self.training else 0.0
         inner = x if self.norm is None else self.norm(x)
-        few = bottleneck_too_few(x, dropout, self.scale is not None)
-        own = None if few else self._parameters_of_products()
-        if own is not None and not self._slow(x, own[0], own[2], dropout):
+        scaled = self.scale is not None
+        own = None if bottleneck_too_few(x, dropout, scaled) else self._parameters_of_products()
+        if own is not None:
             down, down_bias, up, up_bias = own
-            return bottleneck(
-                inner, down, up, down_bias=down_bias, up_bias=up_bias, residual=residual,
-                activation=str(self.activation),
-                scale=self.scaling if self.scale is None else self.scale, dropout_p=dropout,
-            )  # fmt: skip
+            dtype = compute_dtype(x, down, up)
+            if not bottleneck_not_faster(x, down, up, dtype, dropout, scaled):
+                return bottleneck(
+                    inner, down, up, down_bias=down_bias, up_bias=up_bias, residual=residual,
+                    activation=str(self.activation),
+                    scale=self.scaling if self.scale is None else self.scale, dropout_p=dropout,
+                )  # fmt: skip
         u = self.up(_apply(self.activation, self.down(inner)))
         if self.output_activation is not None:
             u = _apply(self.output_activation, u)
@@ -134,10 +136,6 @@ class BottleneckAdapter(nn.Module):
             return None
         inner, outer = down._parameters, up._parameters
         return inner["weight"], inner["bias"], outer["weight"], outer["bias"]
-
-    def _slow(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> bool:
-        dtype = compute_dtype(x, down, up)
-        return bottleneck_not_faster(x, down, up, dtype, dropout, self.scale is not None)
 
     def extra_repr(self) -> str:
         name = self.activation if isinstance(self.activation, str) else "callable"

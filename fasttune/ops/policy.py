@@ -45,6 +45,8 @@ class Limits:
         bottleneck_rows: rows of its input where it is computed whole in fp32 (Xeon with AMX; a
             width of 16 to 48: 0.91 to 1.16 times as fast as torch at 256 rows, 1.14 to 1.54 at
             2048; of 64 and 256: 0.89 to 1.22, 0.97 to 1.30 at 512, 1.02 to 1.43 at 2048).
+        bottleneck_fp32: or its elements (1.01 to 1.40 times as fast from these on, within the limit
+            of weights; 0.83 to 1.16 below).
         bottleneck_cuda: input of one on a GPU whose parameters have the dtype that it is computed
             in: kernels take 0.4 to 0.9 of torch's time at any size, the host 0.9 to 1.2 (H200).
             With others, which torch casts first, the host takes 0.7 to 1.0.
@@ -77,6 +79,7 @@ class Limits:
     bottleneck_cuda: int = 1 << 25
     bottleneck_weights: int = 1 << 11
     bottleneck_rows: int = 1 << 10
+    bottleneck_fp32: int = 1 << 20
     experts_fp32: int = 3 << 18
     experts_16bit: int = 7 << 19
     ia3: int = 1 << 20
@@ -222,11 +225,11 @@ def bottleneck_too_few(x: Tensor, dropout_p: float, scaled: bool) -> bool:
     """
     if dropout_p > 0 or scaled or x.dtype != torch.float32 or not x.is_cpu:
         return False
-    return _few_rows(x) and not _torch.any_autocast()
+    return _few_in_fp32(x) and not _torch.any_autocast()
 
 
-def _few_rows(x: Tensor) -> bool:
-    return x.numel() < limits.bottleneck_rows * x.shape[-1]
+def _few_in_fp32(x: Tensor) -> bool:
+    return x.numel() < min(limits.bottleneck_rows * x.shape[-1], limits.bottleneck_fp32)
 
 
 def bottleneck_not_faster(
@@ -254,11 +257,11 @@ def bottleneck_not_faster(
         return False
     if torch.compiler.is_compiling():
         return True
-    whole = x.is_cpu and _native.has_base_product()
-    if whole and _native.takes_bottleneck(x, down, up, dtype, None, 0):
-        if dtype == torch.float32:
-            return _few_rows(x)
-        return down.numel() * x.shape[-1] > limits.bottleneck_weights * x.numel()
+    whole = x.is_cpu and _native.takes_bottleneck(x, down, up, dtype, None, 0)
+    in_fp32 = dtype == torch.float32  # bf16 is taken on tiles alone
+    if whole and (not in_fp32 or _native.has_base_product()):
+        many = down.numel() * x.shape[-1] > limits.bottleneck_weights * x.numel()
+        return many or (in_fp32 and _few_in_fp32(x))
     if not scaled:
         return True
     return x.is_cpu and x.numel() < limits.bottleneck and _registry.forced_backend() is None

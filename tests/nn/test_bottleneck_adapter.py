@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,10 +219,17 @@ def test_where_tiles_take_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             for dtype in (BF16, FP32):
                 x = torch.empty(rows, 50)
                 found = bottleneck_not_faster(x, down, up, dtype, 0.0, scaled=False)
-                assert found == (not (answer and tiles) or rows == 3)
+                whole = answer and (tiles or dtype == BF16)  # taken in bf16: there are tiles
+                assert found == (not whole or rows == 3)
                 few = bottleneck_too_few(x.to(dtype), 0.0, scaled=False)
                 assert few == (dtype == FP32 and rows == 3)
-    x = torch.empty(3, 50)
+    monkeypatch.setattr(policy, "limits", dataclasses.replace(limits, bottleneck_fp32=150))
+    for rows, weights in ((2, 8), (3, 8), (3, 4)):  # from 150 elements on, few rows will do
+        x, width = torch.empty(rows, 50), torch.empty(weights, 50)
+        found = bottleneck_not_faster(x, width, width.t(), FP32, 0.0, scaled=False)
+        assert found == (rows == 2 or weights == 8)
+        assert bottleneck_too_few(x, 0.0, scaled=False) == (rows == 2)
+    x = torch.empty(2, 50)
     assert not bottleneck_too_few(x, 0.1, scaled=False)
     assert not bottleneck_too_few(x, 0.0, scaled=True)
     with torch.autocast("cpu", BF16):

@@ -613,9 +613,8 @@ def down(features):
 small = down(256)
 x, panel = torch.ones(64, 20000).bfloat16(), torch.ones(20000, 16)
 t, none = torch.empty(64, 16), _native.cpu().Dropout(0, 0, 0, 0)
-from fasttune._native._extension import matrix
 def large():
-    _native.cpu().lora_reduce(matrix(x), panel.data_ptr(), 16, 1.0, none, t.data_ptr(), 1)
+    _native.cpu().lora_reduce(x, panel.data_ptr(), 16, 1.0, none, t.data_ptr(), 1)
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held, resource.RLIM_INFINITY))
 try:
