@@ -264,6 +264,14 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   m.def(
+      "row_norms",
+      [](const Matrix& w, uintptr_t panel, int64_t rank, uintptr_t b, uintptr_t through,
+         float scale, uintptr_t out, int threads) {
+        kernels().row_norms(w, pointer<const float>(panel), rank, pointer<const float>(b),
+                            pointer<const float>(through), scale, pointer<float>(out), threads);
+      },
+      release());
+  m.def(
       "scaled_glu_forward",
       [](const Matrix& gate, const Matrix& up, uintptr_t scale, const MutableMatrix& y,
          int activation, int threads) {

@@ -246,6 +246,11 @@ struct Kernels {
   void (*ia3_scale_backward)(const Matrix& dy, const Matrix& x, const float* scale,
                              const MutableMatrix* dx, const ColumnSums& dscale, int threads);
 
+  // out [N] = the root of |w_n|^2 + scale <b_n, 2 w_n panel + through_n>, or 0 where that is
+  // negative: w [N, K], panel as above, b and through [N, R] fp32.
+  void (*row_norms)(const Matrix& w, const float* panel, int64_t rank, const float* b,
+                    const float* through, float scale, float* out, int threads);
+
   // y [M, I] = act(gate) * up * scale, scale [I] fp32. Operands of one dtype are the fast case.
   void (*scaled_glu_forward)(const Matrix& gate, const Matrix& up, const float* scale,
                              const MutableMatrix& y, Activation activation, int threads);

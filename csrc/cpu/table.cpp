@@ -11,6 +11,7 @@
 #include "reft.h"
 #include "rms_norm.h"
 #include "rope.h"
+#include "row_norms.h"
 #include "scaled_glu.h"
 #include "scaled_sum.h"
 #include "simd.h"
@@ -32,6 +33,7 @@ const Kernels& table() {
                                bottleneck_backward,
                                scaled_sum,
                                ia3_scale_backward,
+                               row_norms,
                                scaled_glu_forward,
                                scaled_glu_backward,
                                reft_forward,

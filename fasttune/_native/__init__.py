@@ -46,6 +46,7 @@ from fasttune._native.lora_linear import (
 from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from fasttune._native.rope import rope_backward, rope_forward
+from fasttune._native.row_norms import row_norms, takes_row_norms
 from fasttune._native.scaled_glu import scaled_glu_backward, scaled_glu_forward
 from fasttune._native.scaled_sum import scaled_sum
 
@@ -91,6 +92,7 @@ __all__ = [
     "rms_norm_forward",
     "rope_backward",
     "rope_forward",
+    "row_norms",
     "scaled_glu_backward",
     "scaled_glu_forward",
     "scaled_sum",
@@ -98,4 +100,5 @@ __all__ = [
     "sums_of_squares",
     "takes_bottleneck",
     "takes_product",
+    "takes_row_norms",
 ]

@@ -76,6 +76,11 @@ def _transposed(x: Tensor, columns: int) -> Tensor:
     return out
 
 
+def panel_of(a: Tensor) -> Tensor:
+    """A [R, K] as lora_reduce takes it: [K, padded R] fp32."""
+    return _transposed(a, _padded_rank(a.shape[0]))
+
+
 def _scale(scale: float, scale_tensor: Tensor | None) -> float:
     return scale if scale_tensor is None else scale * float(scale_tensor)
 
@@ -96,7 +101,7 @@ def lora_down(
     if _by_vendor(x, rank, threshold):
         return torch.mm(x, fp32(a).t()).mul_(_scale(scale, scale_tensor))
     t = torch.empty(x.shape[0], rank, dtype=torch.float32)
-    panel = _transposed(a, _padded_rank(rank))  # [K, padded R]
+    panel = panel_of(a)
     dropout = dropout_of(seed, threshold, branch, row_offset)
     factor = _scale(scale, scale_tensor)
     cpu().lora_reduce(x, panel.data_ptr(), rank, factor, dropout, t.data_ptr(), threads())
@@ -120,9 +125,7 @@ def lora_layer(
     x, w = product
     out = torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
     dropout = dropout_of(seed, threshold, branch, 0)
-    reduced = Reduced(
-        _transposed(a, _padded_rank(a.shape[0])), _scale(scale, scale_tensor), dropout
-    )
+    reduced = Reduced(panel_of(a), _scale(scale, scale_tensor), dropout)
     factor = _transposed(b, b.shape[0])
     t = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32)
     _expand(t, factor, bias, dropout_of(None, 0, 0, 0), out, None, product=product, reduced=reduced)

@@ -15,13 +15,16 @@ from fasttune.ops._arguments import accumulator
 
 # fp32 products of two matrices whose columns are summed, at a time.
 _BLOCK_BYTES = 4 << 20
+_FEW_ROWS = 64
 
 
-def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    a, (dtype, base_dtype, need_base) = rest[1], rest[-3:]
+def _forward_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    a, norm, (dtype, base_dtype, need_base) = rest[1], rest[4], rest[-3:]
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     t = x.new_empty(x.shape[0], a.shape[0], dtype=accumulator(dtype))
-    return y, t, x.new_empty(y.shape if need_base else (0,), dtype=base_dtype)
+    base = x.new_empty(y.shape if need_base else (0,), dtype=base_dtype)
+    norms = weight.shape[0] if norm is None else 0
+    return y, t, base, weight.new_empty(norms, dtype=accumulator(weight.dtype))
 
 
 def _backward_fake(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> list[Tensor]:
@@ -40,10 +43,10 @@ def _backward_fake(dy: Tensor, x: Any, weight: Tensor, *rest: Any) -> list[Tenso
 
 FORWARD = _registry.define(
     "dora_linear_fwd",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor magnitude, Tensor norm, "
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor magnitude, Tensor? norm, "
     "Tensor? seed, float scaling, int threshold, ScalarType compute_dtype, ScalarType base_dtype, "
     "bool need_base) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 BACKWARD = _registry.define(
@@ -62,13 +65,25 @@ def _product(prims: ModuleType, x: Tensor, weight: Tensor, dtype: torch.dtype) -
     return torch.mm(x.to(dtype), weight.to(dtype).t())
 
 
-def _product_in_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T with an fp32 result, of operands as stored; on the CPU in a scratch buffer."""
+def _product_in_fp32(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    """x W^T in fp32, of operands as stored; it may lie in a scratch buffer unless ``keep``."""
     if x.is_cpu:
-        return _gemm.linear_fp32(x, weight)
+        return _product_in_fp32_on_cpu(x, weight, keep)
     if x.dtype != weight.dtype or x.dtype == torch.float32:
         return torch.mm(x.to(torch.float32), weight.to(torch.float32).t())
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def _product_in_fp32_on_cpu(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
+    if _native.takes_product(x, weight.t(), deep=True):
+        return _native.deep_product(x, weight.t())
+    # For a few rows converting W takes longer than anything: they are a down-projection of W.
+    few = 0 < x.shape[0] <= _FEW_ROWS and x.shape[1] > 0
+    if few and weight.dtype != torch.float32 and weight.stride(1) == 1:
+        none: dict[str, Any] = {"seed": None, "threshold": 0, "branch": 0}
+        return _native.lora_down(weight, x, 1.0, None, **none).t().contiguous()
+    product = _gemm.linear_fp32(x, weight)
+    return product.clone() if keep else product
 
 
 def _product_backward(prims: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
@@ -78,26 +93,42 @@ def _product_backward(prims: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(dy, weight.to(dy.dtype))
 
 
-def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward in terms of the primitives of a backend."""
+def _weight_norm(prims: ModuleType, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if prims is _native and _native.takes_row_norms(weight, a):
+        return _native.row_norms(weight, a, b, scale)
+    return _dora_linear_reference.weight_norm(weight, a, b, scale)
+
+
+def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward in terms of the primitives of a backend; y, t, the base product if it is needed,
+    and the norm if it was not given."""
     x, weight, bias, a, b, magnitude, norm, seed, scaling, threshold = args[:10]
     dtype, base_dtype, need_base = args[10:]
+    own_norm = weight.new_empty(0)
+    if norm is None:
+        norm = own_norm = _weight_norm(prims, weight, a, b, scaling)
     g, scale = magnitude.to(torch.float32) / norm, _dropout.keep_scale(threshold)
     draw = {"seed": seed, "threshold": threshold, "branch": 0}
     t = prims.lora_down(x, a, scaling * scale, None, **draw)
     up = g[:, None] * b.to(torch.float32)
     exact = base_dtype == torch.float32 != dtype
     if not threshold:
-        base = _product_in_fp32(x, weight) if exact else _product(prims, x, weight, dtype)
+        base = (
+            _product_in_fp32(x, weight, need_base) if exact else _product(prims, x, weight, dtype)
+        )
         y = prims.lora_up(t, up, bias, out_dtype=dtype, addend=base, addend_scale=g)
     else:
         kept = prims.drop(x, **draw)
-        base = _product_in_fp32(kept, weight) if exact else _product(prims, kept, weight, dtype)
+        base = (
+            _product_in_fp32(kept, weight, need_base)
+            if exact
+            else _product(prims, kept, weight, dtype)
+        )
         through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
         part_dtype = torch.float32 if through_fp32 else dtype
         sums = {"addend": base, "addend_scale": (g - 1) * scale}
         y = prims.lora_up(t, up, bias, out_dtype=part_dtype, **sums)
-        if need_base:
+        if need_base and not exact:
             base = base.to(base_dtype, copy=True)  # out of the scratch buffer, before it is reused
         if through_fp32:
             y = y.add_(_product(prims, x, weight, dtype)).to(dtype)
@@ -105,9 +136,7 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor]
             y = y.addmm_(x.to(dtype), weight.to(dtype).t())
     if not need_base:
         base = x.new_empty(0, dtype=base_dtype)
-    elif exact and not threshold:
-        base = base.clone()  # out of the scratch buffer
-    return y, t, base.to(base_dtype)
+    return y, t, base.to(base_dtype), own_norm
 
 
 def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
@@ -122,7 +151,11 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     grads: list[Tensor | None] = [None] * 6
     factor = (g - 1) * scale if threshold else g
     through_base = dy
-    if needs[0] or needs[1]:
+    dots = None
+    if prims is _native and needs[5]:
+        scaled, dots = prims.ia3_scale_backward(dy, base, factor, need_dx=needs[0] or needs[1])
+        through_base = dy if scaled is None else scaled
+    elif needs[0] or needs[1]:
         through_base = torch.mul(dy, factor, out=torch.empty_like(dy))
     if needs[0]:
         grads[0] = _input_gradient(prims, dy, through_base, d, weight, a, draw, x_dtype)
@@ -138,7 +171,8 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     if needs[4]:
         grads[4] = (g[:, None] * db).to(b.dtype)
     if needs[5]:
-        dg = _column_dot(dy, base) * scale + (b.to(torch.float32) * db).sum(1)
+        dots = _column_dot(dy, base) if dots is None else dots
+        dg = dots * scale + (b.to(torch.float32) * db).sum(1)
         grads[5] = (dg / norm).to(magnitude.dtype)
     return [grad for grad, flag in zip(grads, needs, strict=True) if flag and grad is not None]
 

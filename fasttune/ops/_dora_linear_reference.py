@@ -7,8 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fasttune.ops import _dropout
+from fasttune.ops import _dropout, _gemm
 from fasttune.ops._arguments import accumulator
+
+
+def weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The norms [N] of the rows of W + scaling B A in fp32, or fp64; no gradient."""
+    with torch.no_grad():
+        wide = accumulator(weight.dtype)
+        wide_a, wide_b = a.to(wide), b.to(wide)
+        step = _gemm.block_rows(weight.shape[1]) if weight.is_cpu else max(weight.shape[0], 1)
+        gram = wide_a @ wide_a.t()
+        parts = []
+        for start in range(0, weight.shape[0], step):
+            rows, up = weight[start : start + step].to(wide), wide_b[start : start + step]
+            cross = ((rows @ wide_a.t()) * up).sum(1)
+            square = rows.square().sum(1) + 2 * scaling * cross
+            parts.append(square + scaling**2 * ((up @ gram) * up).sum(1))
+        squares = torch.cat(parts) if parts else weight.new_zeros(0, dtype=wide)
+        return squares.clamp_(min=0).sqrt_()
 
 
 def forward(
@@ -18,16 +35,17 @@ def forward(
     a: Tensor,
     b: Tensor,
     magnitude: Tensor,
-    norm: Tensor,
+    norm: Tensor | None,
     seed: Tensor | None,
     scaling: float,
     threshold: int,
     dtype: torch.dtype,
     base_dtype: torch.dtype,
     need_base: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = accumulator(dtype)
-    g = magnitude.to(wide) / norm
+    own_norm = weight_norm(weight, a, b, scaling) if norm is None else weight.new_empty(0)
+    g = magnitude.to(wide) / (own_norm if norm is None else norm)
     keep = _dropout.keep_mask(seed, threshold, x.shape[0], x.shape[1], branch=0, device=x.device)
     scale, matrix = _dropout.keep_scale(threshold), weight.to(dtype).to(wide).t()
     t = (x.to(wide) * keep) @ a.to(wide).t() * (scaling * scale)
@@ -38,7 +56,8 @@ def forward(
         y = y + x.to(dtype).to(wide) @ matrix
     if bias is not None:
         y = y + bias.to(wide)
-    return y.to(dtype), t, base.to(base_dtype) if need_base else x.new_empty(0, dtype=base_dtype)
+    kept = base.to(base_dtype) if need_base else x.new_empty(0, dtype=base_dtype)
+    return y.to(dtype), t, kept, own_norm
 
 
 def backward(

@@ -2,7 +2,7 @@
 
 Maths, with W [N, K], A [R, K], B [N, R], magnitude m [N], products accumulated in fp32:
 
-    n = sqrt(||W||^2 + 2 s <W A^T, B> + s^2 diag(B A A^T B^T))    [N] by rows; no gradient (PEFT)
+    n = sqrt(||W||^2 + s <B, 2 W A^T + s B A A^T>)    [N] by rows; no gradient (PEFT)
     g = m / n
     y = g (x W^T + s x A^T B^T) + bias                                without dropout
     y = x W^T + (g - 1) u W^T + g s u A^T B^T + bias                  u = x keep / (1 - p)
@@ -32,9 +32,8 @@ import torch
 from torch import Tensor
 
 from fasttune import _registry, _torch
-from fasttune.ops import _dora_linear_reference, _dropout, _gemm, _recipe
+from fasttune.ops import _dora_linear_reference, _dropout, _recipe
 from fasttune.ops._arguments import (
-    accumulator,
     check_float,
     check_shape,
     output_shaped,
@@ -45,7 +44,6 @@ from fasttune.ops._dora_linear_backends import BACKWARD, FORWARD
 _X = 0  # position of x among the tensor inputs
 
 
-@torch.no_grad()
 def dora_weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The norm [N] of every row of ``weight + scaling b a``, without forming it.
 
@@ -55,20 +53,10 @@ def dora_weight_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Te
         scaling: of the adapter.
 
     Returns:
-        [N] in fp32 (fp64 for an fp64 weight).
+        [N] in fp32 (fp64 for an fp64 weight), without a gradient.
     """
-    wide = accumulator(weight.dtype)
-    wide_a, wide_b = a.to(wide), b.to(wide)
-    step = _gemm.block_rows(weight.shape[1]) if weight.is_cpu else max(weight.shape[0], 1)
-    gram = wide_a @ wide_a.t()
-    parts = []
-    for start in range(0, weight.shape[0], step):
-        rows, up = weight[start : start + step].to(wide), wide_b[start : start + step]
-        cross = ((rows @ wide_a.t()) * up).sum(1)
-        square = rows.square().sum(1) + 2 * scaling * cross
-        parts.append(square + scaling**2 * ((up @ gram) * up).sum(1))
-    squares = torch.cat(parts) if parts else weight.new_zeros(0, dtype=wide)
-    return squares.clamp_(min=0).sqrt_()
+    with torch.autocast(weight.device.type, enabled=False):
+        return _dora_linear_reference.weight_norm(weight, a, b, scaling)
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -81,7 +69,7 @@ class _DoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         magnitude: Tensor,
-        norm: Tensor,
+        norm: Tensor | None,
         seed: Tensor | None,
         scaling: float,
         threshold: int,
@@ -94,10 +82,11 @@ class _DoraLinear(torch.autograd.Function):
         args = (rows, weight, bias, a, b, magnitude, *facts, dtype, base_dtype, needs[5])
         if _registry.must_dispatch((x, weight, a, b, magnitude)):
             ctx.backend = None
-            y, t, base = FORWARD.registered(*args)
+            y, t, base, own_norm = FORWARD.registered(*args)
         else:
             ctx.backend = FORWARD.select(*args)
-            y, t, base = ctx.backend.run(*args)
+            y, t, base, own_norm = ctx.backend.run(*args)
+        norm = own_norm if norm is None else norm
         need_input = needs[1] or needs[3]
         ctx.recipe = need_input and not torch.compiler.is_compiling() and _recipe.available(x)
         keep_input = need_input and not ctx.recipe
@@ -221,10 +210,9 @@ def apply_dora(
     threshold = _dropout.threshold(dropout_p)
     if threshold and seed is None:
         seed = _dropout.draw_seed(x.device)
-    norm = dora_weight_norm(weight, a, b, scaling) if weight_norm is None else weight_norm
     exact = (threshold or second_product) and _torch.autocast_dtype(x.device.type) is None
     base_dtype = torch.promote_types(compute_dtype, a.dtype) if exact else compute_dtype
-    facts = (norm, seed, scaling, threshold, compute_dtype, base_dtype)
+    facts = (weight_norm, seed, scaling, threshold, compute_dtype, base_dtype)
     if _torch.in_functorch():  # plain torch operations compose with vmap and grad
         rows = x.reshape(-1, x.shape[-1])
         y = _dora_linear_reference.forward(rows, weight, bias, a, b, magnitude, *facts, False)[0]

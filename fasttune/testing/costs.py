@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fasttune.ops._chunked_head import chunk_rows
@@ -230,13 +231,25 @@ def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     return launches
 
 
+def _norm(weight: Tensor, a: Tensor) -> list[Launch]:
+    """dora_weight_norm in plain torch: what is as large as the weight."""
+    wide, thin = weight.numel() * _FP32_BYTES, weight.shape[0] * _FP32_BYTES
+    return [
+        *([Launch("aten::to", _bytes(weight), wide)] if weight.dtype != torch.float32 else []),
+        Launch("aten::mm", wide + a.numel() * _FP32_BYTES, thin * a.shape[0], gemm=True),
+        Launch("aten::square", wide, wide),
+        Launch("aten::sum", wide, thin),
+    ]
+
+
 def _dora_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> list[Launch]:
     x, weight, bias, a, b = args[:5]
     dropped = args[9] > 0
-    y, t, _ = result
+    y, t = result[:2]
     product = y.numel() * args[11].itemsize
     scaled = b.numel() * _FP32_BYTES
-    launches = [
+    launches = _norm(weight, a) if args[6] is None else []
+    launches += [
         Launch("fasttune::lora_down", _bytes(x, a), _bytes(t)),
         Launch("aten::mul", _bytes(b), scaled),
         Launch("aten::mm", _bytes(x, weight), product, gemm=True),

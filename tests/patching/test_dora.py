@@ -12,7 +12,9 @@ from tiny_models import gradients, relative, tiny_llama, with_lora
 from torch import Tensor, nn
 
 import fasttune
+from fasttune import _native
 from fasttune.ops import dora_linear, dora_weight_norm
+from fasttune.ops._dora_linear_backends import _product_in_fp32
 from fasttune.testing import accounting
 
 TOLERANCE = 2e-5  # as in test_lora_layers
@@ -224,6 +226,38 @@ def test_the_factored_norm_is_that_of_the_sum() -> None:
     assert half.dtype == torch.float32
     opposite = dora_weight_norm(b @ a, a, b, -1.0)  # the sum is zero: no NaN
     assert bool((opposite >= 0).all()) and float(opposite.max()) < 1e-1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "features", "rank"), [(70, 40, 5), (300, 1000, 16), (9, 2050, 70)]
+)
+def test_norms_in_cpp(rows: int, features: int, rank: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(rows, 2 * features).to(dtype)[:, :features]
+    a, b = torch.randn(rank, features), torch.randn(rows, rank) / rank
+    assert _native.takes_row_norms(weight, a)
+    truth = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)
+    found = _native.row_norms(weight, a, b, 0.7)
+    assert float(((found - truth) / truth).abs().max()) < 1e-6
+    opposite = _native.row_norms((b @ a).to(dtype), a, b, -1.0)
+    assert bool((opposite >= 0).all()) and float(opposite.max()) < 0.3
+    weight[1, 3] = float("nan")
+    assert _native.row_norms(weight, a, b, 0.7).isnan().nonzero().flatten().tolist() == [1]
+    for other in (weight.t().contiguous().t(), weight[:0]):
+        assert not _native.takes_row_norms(other, a)
+    assert not _native.takes_row_norms(weight, torch.randn(257, features))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 65, 130])
+def test_products_in_fp32_of_operands_in_bf16(rows: int) -> None:
+    """Of few rows as a down-projection of the weight, of more on tiles, or through fp32."""
+    x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
+    truth = x.double() @ weight.double().t()
+    for other in (weight, weight.t().contiguous().t()):
+        kept = _product_in_fp32(x, other, keep=True)
+        _product_in_fp32(x + 1, other, keep=True)  # would overwrite what is in a scratch buffer
+        assert kept.dtype == torch.float32 and kept.is_contiguous()
+        assert relative(kept, truth) < 1e-6
 
 
 def test_wrong_arguments() -> None:
