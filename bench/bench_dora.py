@@ -53,7 +53,7 @@ def results(model: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 def products(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
     """The products that a step has to do, and nothing else: two of the base, three of each factor
-    in the dtype of x."""
+    in the dtype of x, and that of the norm, W A^T, since A changes with every step."""
     own = {name: p.detach().to(x.dtype) for name, p in model.named_parameters()}
     base, a, b = (
         next(p for name, p in own.items() if part in name)
@@ -70,6 +70,7 @@ def products(model: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
         torch.mm(d, a)
         torch.mm(d.t(), x)
         torch.mm(dy.t(), t)
+        torch.mm(base, a.t())
 
     return step
 
