@@ -24,7 +24,7 @@ struct DlpackTensor {
 
 struct DlpackExchange {
   uint32_t major, minor;
-  const void* previous;
+  const DlpackExchange* previous;  // the API of an older version
   void *allocate, *managed_from_object, *managed_to_object;
   int (*read)(void* object, DlpackTensor* out);  // nothing is owned; -1 and an exception set
   void* stream;
@@ -40,10 +40,12 @@ struct Flat {
 class Tensors {
  public:
   static void use(pybind11::capsule exchange, pybind11::type tensor, pybind11::type parameter) {
-    const auto* found = exchange.get_pointer<const DlpackExchange>();
-    if (found->major != 1 || found->read == nullptr)
+    const auto* newest = exchange.get_pointer<const DlpackExchange>();
+    const DlpackExchange* found = newest;
+    while (found && found->major != 1) found = found->previous;
+    if (!found || !found->read)
       throw pybind11::import_error("torch's tensors are exchanged by DLPack " +
-                                   std::to_string(found->major) + ", and fasttune knows DLPack 1");
+                                   std::to_string(newest->major) + ", and fasttune knows DLPack 1");
     exchange_ = found;
     tensor_ = tensor.release().ptr();  // kept for good, as modules are
     parameter_ = parameter.release().ptr();
