@@ -94,9 +94,17 @@ def _product_backward(prims: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _weight_norm(prims: ModuleType, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The norm; no copy of the weight is made where its rows lie as the kernels read them."""
     if prims is _native and _native.takes_row_norms(weight, a):
         return _native.row_norms(weight, a, b, scale)
-    return _dora_linear_reference.weight_norm(weight, a, b, scale)
+    if prims is _native or weight.stride(1) != 1 or weight.numel() == 0:
+        return _dora_linear_reference.weight_norm(weight, a, b, scale)
+    inner, outer = a.to(torch.float32), b.to(torch.float32)
+    cross = prims.lora_down(weight, a, 1.0, None, seed=None, threshold=0, branch=0)
+    through = torch.addmm(cross, outer, torch.mm(inner, inner.t()), beta=2.0, alpha=scale)
+    products = torch.mul(outer, through).sum(1)
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    return norms.square().add_(products, alpha=scale).clamp_(min=0).sqrt_()
 
 
 def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

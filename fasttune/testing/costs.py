@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fasttune.ops._chunked_head import chunk_rows
@@ -232,13 +231,11 @@ def _cross_entropy(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 
 
 def _norm(weight: Tensor, a: Tensor) -> list[Launch]:
-    """dora_weight_norm in plain torch: what is as large as the weight."""
-    wide, thin = weight.numel() * _FP32_BYTES, weight.shape[0] * _FP32_BYTES
+    """What reads the weight for the norm of its rows."""
+    thin = weight.shape[0] * _FP32_BYTES
     return [
-        *([Launch("aten::to", _bytes(weight), wide)] if weight.dtype != torch.float32 else []),
-        Launch("aten::mm", wide + a.numel() * _FP32_BYTES, thin * a.shape[0], gemm=True),
-        Launch("aten::square", wide, wide),
-        Launch("aten::sum", wide, thin),
+        Launch("fasttune::lora_down", _bytes(weight, a), thin * a.shape[0]),
+        Launch("aten::linalg_vector_norm", _bytes(weight), thin),
     ]
 
 

@@ -56,6 +56,7 @@ _METHODS = {
         *("new_empty", "new_empty_strided", "new_zeros", "zero_", "copy_", "view", "reshape", "t"),
         *("expand", "unsqueeze", "chunk", "split_with_sizes", "unbind", "sum", "cumsum", "sort"),
         *("add", "add_", "sub", "mul", "mul_", "div", "ne", "addmm_", "masked_fill", "scatter_"),
+        *("square", "sqrt_", "clamp_"),
         *_CONVERSIONS,
     )
 }
@@ -63,7 +64,7 @@ _INDEXED = Tensor.__getitem__
 _FUNCTIONS = {
     *(torch.empty, torch.empty_like, torch.zeros, torch.zeros_like, torch.cat, torch.mul),
     *(torch.mm, torch.addmm, functional.linear, functional.pad, Tensor.split),
-    torch.ops.aten.embedding_dense_backward,
+    *(torch.linalg.vector_norm, torch.ops.aten.embedding_dense_backward),
 }
 # Values that generated code can hold.
 _CONSTANTS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format)
