@@ -104,7 +104,8 @@ def _weight_norm(prims: ModuleType, weight: Tensor, a: Tensor, b: Tensor, scale:
     through = torch.addmm(cross, outer, torch.mm(inner, inner.t()), beta=2.0, alpha=scale)
     products = torch.mul(outer, through).sum(1)
     norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-    return norms.square().add_(products, alpha=scale).clamp_(min=0).sqrt_()
+    squares: Tensor = norms.square().add_(products, alpha=scale)
+    return squares.clamp_(min=0).sqrt_()
 
 
 def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
