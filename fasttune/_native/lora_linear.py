@@ -119,12 +119,17 @@ def lora_layer(
     seed: Tensor | None,
     threshold: int,
     branch: int,
+    row_offset: int = 0,
     out_dtype: torch.dtype,
+    out: Tensor | None = None,  # [M, N]
 ) -> tuple[Tensor, Tensor]:
-    """lora_down and lora_up in one pass over x: y [M, N], rounded once, and t [M, R] fp32."""
+    """lora_down and lora_up in one pass over x: y [M, N], rounded once and written into ``out`` if
+    given, and t [M, R] fp32.
+    """
     x, w = product
-    out = torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
-    dropout = dropout_of(seed, threshold, branch, 0)
+    if out is None:
+        out = torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
+    dropout = dropout_of(seed, threshold, branch, row_offset)
     reduced = Reduced(panel_of(a), _scale(scale, scale_tensor), dropout)
     factor = _transposed(b, b.shape[0])
     t = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32)

@@ -8,7 +8,7 @@ Triton all segments are one launch a product, where they fit: `_lora_segmented_t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -99,14 +99,9 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, list[Tensor]]:
         if together is not None:
             return together
     own = _branches(prims, a, b, facts, segments, order, seed)
-    rows = own.gathered(x)
-    ts = [
-        prims.lora_down(rows[start:stop], a[j], *own.scale(j), **own.mask(start, j))
-        for start, stop, j in own.segments
-    ]
     if own.segments and own.covers(x.shape[0]):
-        return _every_row(own, ts, x, weight, bias, lora_biases, dtype), ts
-    return _some_rows(own, ts, x, weight, bias, lora_biases, dtype), ts
+        return _every_row(own, x, weight, bias, lora_biases, dtype)
+    return _some_rows(own, x, weight, bias, lora_biases, dtype)
 
 
 def _biases(own: _Branches, bias: Tensor | None, lora_biases: Sequence[Any]) -> list[Tensor | None]:
@@ -117,13 +112,12 @@ def _biases(own: _Branches, bias: Tensor | None, lora_biases: Sequence[Any]) -> 
 
 def _every_row(
     own: _Branches,
-    ts: Sequence[Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_biases: Sequence[Tensor | None],
     dtype: torch.dtype,
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """No base rows: branches first, as lora_linear, whose rounding this has."""
     y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
     biases = _biases(own, bias, lora_biases)
@@ -134,29 +128,40 @@ def _every_row(
     else:
         left, right = x.to(dtype), weight.to(dtype).t()
         extra, rest = own.products(left, right)
-    for (start, stop, j), t, more in zip(own.segments, ts, extra, strict=True):
-        own.prims.lora_up(t, own.b[j], biases[j], out_dtype=dtype, out=y[start:stop], **more)
+    ts = []
+    for (start, stop, j), more in zip(own.segments, extra, strict=True):
+        more["out"] = y[start:stop]
+        draw = own.mask(start, j)
+        if "product" in more and left is x:  # in one pass over it
+            branch = (more.pop("product"), own.a[j], own.b[j], biases[j], *own.scale(j))
+            _, t = own.prims.lora_layer(*branch, **draw, out_dtype=dtype, **more)
+        else:
+            t = own.prims.lora_down(x[start:stop], own.a[j], *own.scale(j), **draw)
+            own.prims.lora_up(t, own.b[j], biases[j], out_dtype=dtype, **more)
+        ts.append(t)
     for start, stop in rest:
         y[start:stop].addmm_(left[start:stop], right)
-    return y
+    return y, ts
 
 
 def _some_rows(
     own: _Branches,
-    ts: Sequence[Tensor],
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_biases: Sequence[Tensor | None],
     dtype: torch.dtype,
-) -> Tensor:
+) -> tuple[Tensor, list[Tensor]]:
     """torch's own linear for all rows, so that base rows have its bits; branches are added."""
     y = linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    target, biases = own.gathered(y), _biases(own, None, lora_biases)
-    for (start, stop, j), t in zip(own.segments, ts, strict=True):
+    rows, target, biases = own.gathered(x), own.gathered(y), _biases(own, None, lora_biases)
+    ts = []
+    for start, stop, j in own.segments:
+        t = own.prims.lora_down(rows[start:stop], own.a[j], *own.scale(j), **own.mask(start, j))
+        ts.append(t)
         up = own.prims.lora_up(t, own.b[j], biases[j], out_dtype=torch.float32)
         target[start:stop].add_(up)
-    return y if own.order is None else y.index_copy_(0, own.order, target)
+    return y if own.order is None else y.index_copy_(0, own.order, target), ts
 
 
 def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
@@ -171,26 +176,61 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     need = Needs.unpack(needs, 1, len(a))
     own = _branches(prims, a, b, facts, segments, order, seed)
     rows = own.gathered(dy)
-    ds, dbs = _output_side(own, rows, ts, need)
+    through = _through_base(own, dy, weight, need, x_dtype)
+    ds, dbs = _output_side(own, rows, ts, need, through)
     dw = None
     if need.w[0] and x is not None and weight is not None:
         dw = _gemm.weight_gradient(dy, x, weight.dtype)
-    dx, das = _input_side(own, dy, x, weight, ds, need, x_dtype)
+    dx, das = _input_side(own, dy, x, weight, ds, need, through, x_dtype)
     dbias = dy.sum(0, dtype=torch.float32) if need.bias[0] else None
     wanted = [dx, dw, dbias, *das, *dbs, *_lora_biases(own, rows, need)]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
 
 
+@dataclass
+class _ThroughBase:
+    """dx [M, K] as far as it is known before the branches."""
+
+    dx: Tensor | None = None  # to be written, or dy W
+    base: Tensor | None = None  # dy W in fp32, to be added
+    target: Tensor | None = None  # the rows of dx, dy W already, that the branches are added to
+    extra: list[dict[str, Any]] = field(default_factory=list)  # of each segment: its rows of dy W
+    rest: list[tuple[int, int]] = field(default_factory=list)  # rows whose dy W nobody adds
+
+
+def _through_base(
+    own: _Branches, dy: Tensor, weight: Tensor | None, need: Needs, dtype: torch.dtype
+) -> _ThroughBase:
+    found = _ThroughBase(extra=[{} for _ in own.segments], rest=[(0, dy.shape[0])])
+    if not need.x or weight is None:
+        return found
+    if own.prims is _native and own.order is None and _gemm.through_fp32(dy.device, dy.dtype):
+        found.base = _gemm.linear_backward_fp32(dy, weight)
+    if found.base is not None or (own.segments and own.covers(dy.shape[0])):
+        found.dx = dy.new_empty(dy.shape[0], weight.shape[1], dtype=dtype)
+        if found.base is None and dtype in (torch.bfloat16, torch.float32):
+            found.extra, found.rest = own.products(dy, weight.to(dy.dtype))
+    else:
+        found.dx = torch.mm(dy, weight.to(dy.dtype)).to(dtype)
+        found.target = own.gathered(found.dx)
+    return found
+
+
 def _output_side(
-    own: _Branches, dy: Tensor, ts: Sequence[Tensor | None], need: Needs
+    own: _Branches, dy: Tensor, ts: Sequence[Tensor | None], need: Needs, through: _ThroughBase
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """d of every segment, dB of every branch."""
+    """d of every segment, or None where it is made beside the segment's rows of dy W; dB of every
+    branch.
+    """
     dbs: list[Tensor | None] = [None] * len(own.b)
     ds, b = [], own.wide(own.b)
-    for (start, stop, j), t in zip(own.segments, ts, strict=True):
+    for (start, stop, j), t, place in zip(own.segments, ts, through.extra, strict=True):
+        beside = "product" in place
+        if beside:
+            place["up"] = (own.b[j], *own.scale(j))
         d, db = own.prims.lora_up_backward(
             *(dy[start:stop], t, b[j], *own.scale(j)),
-            need_d=need.x or need.a[j],
+            need_d=(need.x or need.a[j]) and not beside,
             need_db=need.b[j],
         )
         ds.append(d)
@@ -205,67 +245,48 @@ def _input_side(
     weight: Tensor | None,
     ds: Sequence[Tensor | None],
     need: Needs,
+    through: _ThroughBase,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dx [M, K] and dA of every branch."""
-    base = dx = target = None
-    extra: list[dict[str, Any]] = [{} for _ in own.segments]
-    rest = [(0, dy.shape[0])]
-    first = own.covers(dy.shape[0]) and bool(own.segments)
-    if need.x and weight is not None:
-        if own.prims is _native and own.order is None and _gemm.through_fp32(dy.device, dy.dtype):
-            base = _gemm.linear_backward_fp32(dy, weight)
-        if base is not None or first:
-            dx = dy.new_empty(dy.shape[0], weight.shape[1], dtype=dtype)
-            if base is None and dtype in (torch.bfloat16, torch.float32):
-                extra, rest = own.products(dy, weight.to(dy.dtype))
-        else:
-            dx = torch.mm(dy, weight.to(dy.dtype)).to(dtype)
-            target = own.gathered(dx)
     rows = None if x is None or not any(need.a) else own.gathered(x)
     das: list[Tensor | None] = [None] * len(own.a)
     a = own.wide(own.a)
-    for (start, stop, j), d, place in zip(own.segments, ds, extra, strict=True):
-        if dx is not None and target is None:
-            place["out"] = dx[start:stop]
-        if base is not None:
-            place["addend"] = base[start:stop]
+    for (start, stop, j), d, place in zip(own.segments, ds, through.extra, strict=True):
+        if through.dx is not None and through.target is None:
+            place["out"] = through.dx[start:stop]
+        if through.base is not None:
+            place["addend"] = through.base[start:stop]
         part, da = own.prims.lora_down_backward(
             *(d, a[j], None if rows is None else rows[start:stop]),
             **own.mask(start, j),
-            dx_dtype=dtype if target is None else torch.float32,
+            dx_dtype=dtype if through.target is None else torch.float32,
             need_dx=need.x,
             need_da=need.a[j],
             **place,
         )
-        if target is not None:
-            target[start:stop].add_(part)
+        if through.target is not None:
+            through.target[start:stop].add_(part)
         _accumulate(das, j, da)
-    return _finished(own, dy, weight, dx, base, target, rest, dtype), _rounded(das, own.a)
+    return _finished(own, dy, weight, through, dtype), _rounded(das, own.a)
 
 
 def _finished(
-    own: _Branches,
-    dy: Tensor,
-    weight: Tensor | None,
-    dx: Tensor | None,
-    base: Tensor | None,
-    target: Tensor | None,
-    rest: Sequence[tuple[int, int]],
-    dtype: torch.dtype,
+    own: _Branches, dy: Tensor, weight: Tensor | None, through: _ThroughBase, dtype: torch.dtype
 ) -> Tensor | None:
     """dx with what the segments leave: rows without a branch, or dy W of the rest of the rows."""
+    dx = through.dx
     if dx is None or weight is None:
         return None
-    if base is not None:
+    if through.base is not None:
         for start, stop in gaps(own.segments, dy.shape[0]):
-            dx[start:stop].copy_(base[start:stop])
+            dx[start:stop].copy_(through.base[start:stop])
         return dx
-    if target is None:
-        for start, stop in rest:
+    if through.target is None:
+        for start, stop in through.rest:
             add_product(dx[start:stop], dy[start:stop], weight.to(dy.dtype), dtype)
         return dx
-    return dx if own.order is None else dx.index_copy_(0, own.order, target)
+    return dx if own.order is None else dx.index_copy_(0, own.order, through.target)
 
 
 def _lora_biases(own: _Branches, dy: Tensor, need: Needs) -> list[Tensor | None]:
