@@ -34,6 +34,7 @@ struct DlpackExchange {
 struct Flat {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
+  int64_t count = 0;
 };
 
 // What the tensors of this process are read with; set once, before any kernel is called.
@@ -61,6 +62,8 @@ class Tensors {
   static DlpackTensor read(PyObject* object, DType* dtype) {
     DlpackTensor found;
     if (exchange_->read(object, &found) != 0) throw pybind11::error_already_set();
+    if (found.data == nullptr && elements(found) > 0)
+      throw pybind11::value_error("expected a tensor with its values in memory");
     found.data = static_cast<char*>(found.data) + found.byte_offset;
     if (found.device_type != kCpu)
       throw pybind11::value_error("expected a tensor on the CPU, got DLPack's device type " +
@@ -73,6 +76,12 @@ class Tensors {
     if (negative.ptr() != Py_False)
       throw pybind11::value_error("expected a tensor without the negative bit");
     return found;
+  }
+
+  static int64_t elements(const DlpackTensor& x) {
+    int64_t count = 1;
+    for (int32_t i = 0; i < x.dimensions; ++i) count *= x.shape[i];
+    return count;
   }
 
  private:
@@ -157,6 +166,7 @@ struct type_caster<fasttune::Flat> {
       expected *= x.shape[i];
     }
     value.data = x.data;
+    value.count = expected;
     return true;
   }
 };

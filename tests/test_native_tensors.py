@@ -96,3 +96,26 @@ def test_subclasses_are_read_as_tensors() -> None:
 
     x, out = torch.randn(3, 5).as_subclass(Named), torch.empty(3, 5)
     assert torch.equal(converted(x, out), x.as_subclass(Tensor))
+
+
+def test_shapes_are_compared_before_anything_is_read() -> None:
+    torch.manual_seed(0)
+    x, down, up, bias = (torch.randn(*s) for s in ((8, 32), (16, 32), (24, 16), (24,)))
+    residual, z, y = torch.randn(8, 24), torch.empty(8, 16), torch.empty(8, 24)
+    keep_all = _native.cpu().Dropout(0, 0, 0, 0)
+    good = [x, down, up, None, -1, 1.0, keep_all, residual, bias, None, z, y, threads()]
+    assert _native.cpu().bottleneck_forward(*good)
+    short = {"down": 1, "up": 2, "residual": 7, "up_bias": 8}
+    for name, place in short.items():
+        wrong = list(good)
+        tensor = good[place]
+        wrong[place] = tensor[..., :-1].contiguous()
+        with pytest.raises(ValueError, match=f"{name}: its shape"):
+            _native.cpu().bottleneck_forward(*wrong)
+
+
+def test_a_tensor_without_its_values_is_refused() -> None:
+    x, out = torch.randn(4, 6), torch.empty(4, 6)
+    x.untyped_storage().resize_(0)  # as FSDP leaves a parameter between its uses
+    with pytest.raises(ValueError, match="values in memory"):
+        converted(x, out)

@@ -125,7 +125,7 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.contiguous() if weight.dtype == dtype else weight.to(dtype).contiguous()
+    return (weight if weight.dtype == dtype else weight.to(dtype)).resolve_neg().contiguous()
 
 
 def _vector(x: Tensor | None) -> Tensor | None:

@@ -79,7 +79,7 @@ def _product_in_fp32_on_cpu(x: Tensor, weight: Tensor, keep: bool) -> Tensor:
         return _native.deep_product(x, weight.t())
     # For a few rows converting W takes longer than anything: they are a down-projection of W.
     few = 0 < x.shape[0] <= _FEW_ROWS and x.shape[1] > 0
-    if few and weight.dtype != torch.float32 and weight.stride(1) == 1:
+    if few and weight.dtype != torch.float32 and weight.stride(1) == 1 and not weight.is_neg():
         none: dict[str, Any] = {"seed": None, "threshold": 0, "branch": 0}
         return _native.lora_down(weight, x, 1.0, None, **none).t().contiguous()
     product = _gemm.linear_fp32(x, weight)
@@ -113,7 +113,7 @@ def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor,
     and the norm if it was not given."""
     x, weight, bias, a, b, magnitude, norm, seed, scaling, threshold = args[:10]
     dtype, base_dtype, need_base = args[10:]
-    own_norm = weight.new_empty(0)
+    own_norm = weight.new_empty(0, dtype=accumulator(weight.dtype))
     if norm is None:
         norm = own_norm = _weight_norm(prims, weight, a, b, scaling)
     g, scale = magnitude.to(torch.float32) / norm, _dropout.keep_scale(threshold)

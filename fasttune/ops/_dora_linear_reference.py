@@ -44,7 +44,9 @@ def forward(
     need_base: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = accumulator(dtype)
-    own_norm = weight_norm(weight, a, b, scaling) if norm is None else weight.new_empty(0)
+    own_norm = weight.new_empty(0, dtype=accumulator(weight.dtype))
+    if norm is None:
+        own_norm = weight_norm(weight, a, b, scaling)
     g = magnitude.to(wide) / (own_norm if norm is None else norm)
     keep = _dropout.keep_mask(seed, threshold, x.shape[0], x.shape[1], branch=0, device=x.device)
     scale, matrix = _dropout.keep_scale(threshold), weight.to(dtype).to(wide).t()

@@ -59,8 +59,11 @@ def as_fp32(x: Tensor, name: str) -> Tensor:
     """x, or its fp32 copy in this thread's scratch buffer ``name``."""
     if x.dtype == torch.float32:
         return x
+    x = x.resolve_neg()
     if x.stride(1) != 1 and x.stride(0) == 1:  # a weight stored [K, N]
         return as_fp32(x.t(), name).t()
+    if x.stride(1) != 1:
+        x = x.contiguous()
     return _native.convert(x, _native.scratch(name, x.shape[0], x.shape[1]))
 
 

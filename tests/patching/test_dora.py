@@ -253,7 +253,12 @@ def test_products_in_fp32_of_operands_in_bf16(rows: int) -> None:
     """Of few rows as a down-projection of the weight, of more on tiles, or through fp32."""
     x, weight = torch.randn(rows, 96).bfloat16(), torch.randn(80, 96).bfloat16()
     truth = x.double() @ weight.double().t()
-    for other in (weight, weight.t().contiguous().t()):
+    wide = torch.stack((weight, -weight), -1).float()
+    layouts = (weight, weight.t().contiguous().t(), weight.repeat(1, 2).view(80, 2, 96)[:, 1])
+    apart = weight.repeat_interleave(2, 1)[:, ::2]
+    negative = torch.view_as_complex(wide).conj().imag
+    assert negative.is_neg() and apart.stride(1) == 2
+    for other in (*layouts, apart, negative):
         kept = _product_in_fp32(x, other, keep=True)
         _product_in_fp32(x + 1, other, keep=True)  # would overwrite what is in a scratch buffer
         assert kept.dtype == torch.float32 and kept.is_contiguous()
