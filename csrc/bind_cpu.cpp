@@ -1,9 +1,12 @@
 // The extension module fasttune._cpu: tensors, addresses and codes in, no logic. fasttune/_native
 // validates.
+#include "bind_cpu.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,22 +31,12 @@ MutableMatrix or_absent(const MutableMatrix* out, const Matrix& like) {
   return out == nullptr ? MutableMatrix{nullptr, like.rows, like.cols, 0, like.dtype} : *out;
 }
 
-void expect(bool fits, const char* name) {
-  if (!fits)
-    throw py::value_error(std::string(name) + ": its shape does not fit that of the others");
-}
-bool has_shape(const Matrix& m, int64_t rows, int64_t cols) {
-  return m.rows == rows && m.cols == cols;
-}
-bool has_shape(const MutableMatrix& m, int64_t rows, int64_t cols) {
-  return m.rows == rows && m.cols == cols;
-}
-// What is missing fits.
-template <typename M>
-bool has_shape(const M* m, int64_t rows, int64_t cols) {
-  return m == nullptr || has_shape(*m, rows, cols);
-}
-bool has_size(const Flat& v, int64_t size) { return v.data == nullptr || v.count == size; }
+// A run with the reduction that it names.
+struct BoundRun {
+  Run run;
+  std::optional<Reduction> reduction;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -127,6 +120,15 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init([](uintptr_t panel, float scale, const Dropout& dropout, uintptr_t out) {
         return Reduction{pointer<const float>(panel), scale, dropout, pointer<float>(out)};
       }));
+  py::class_<BoundRun>(m, "Run").def(
+      py::init([](int64_t first, int64_t end, uintptr_t t, const Reduction* reduction,
+                  uintptr_t panel, int64_t rank, uintptr_t bias, const Dropout& dropout) {
+        BoundRun bound{{first, end, pointer<const float>(t), nullptr, pointer<const float>(panel),
+                        rank, pointer<const float>(bias), dropout},
+                       {}};
+        if (reduction) bound.reduction = *reduction;
+        return bound;
+      }));
   py::class_<RopeTables>(m, "RopeTables")
       .def(py::init([](uintptr_t cos, uintptr_t sin, int64_t cos_batch, int64_t cos_position,
                        int64_t sin_batch, int64_t sin_position, int dtype) {
@@ -202,13 +204,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("has_base_product", [] { return kernels().base_product != nullptr; });
   m.def(
       "base_product",
-      [](const Matrix& x, const Matrix& w, bool transposed, const Reduction* reduction, uintptr_t t,
-         uintptr_t panel, int64_t rank, const Matrix* addend, uintptr_t addend_scale,
-         uintptr_t bias, const Dropout& dropout, const MutableMatrix& out, int threads) {
-        const ExpandTerms terms{addend, pointer<const float>(addend_scale),
-                                pointer<const float>(bias)};
-        kernels().base_product(x, w, transposed, pointer<const float>(t), reduction,
-                               pointer<const float>(panel), rank, terms, dropout, out, threads);
+      [](const Matrix& x, const Matrix& w, bool transposed, const std::vector<BoundRun>& runs,
+         const Matrix* addend, const MutableMatrix* kept, uintptr_t scale, const MutableMatrix& out,
+         int threads) {
+        std::vector<Run> own;
+        for (const BoundRun& bound : runs) {
+          own.push_back(bound.run);
+          if (bound.reduction) own.back().reduction = &*bound.reduction;
+        }
+        const ScaledProduct product{pointer<const float>(scale), kept};
+        kernels().base_product(x, w, transposed, own.data(), static_cast<int64_t>(own.size()),
+                               addend, scale ? &product : nullptr, out, threads);
       },
       release());
   m.def(
@@ -218,55 +224,7 @@ PYBIND11_MODULE(_cpu, m) {
         kernels().deep_product(x, w, transposed, out, pointer<float>(partial), threads);
       },
       release());
-  m.def(
-      "bottleneck_forward",
-      [](const Matrix& x, const Matrix& down, const Matrix& up, const Flat& down_bias,
-         int activation, float factor, const Dropout& dropout, const Matrix* residual,
-         const Flat& up_bias, const Flat& scale, const MutableMatrix& z, const MutableMatrix& y,
-         int threads) {
-        const int64_t rows = x.rows, rank = down.rows, outputs = up.rows;
-        expect(down.cols == x.cols, "down");
-        expect(up.cols == rank, "up");
-        expect(has_size(down_bias, rank), "down_bias");
-        expect(has_size(up_bias, outputs), "up_bias");
-        expect(has_size(scale, outputs), "scale");
-        expect(has_shape(residual, rows, outputs), "residual");
-        expect(has_shape(z, rows, rank) && has_shape(y, rows, outputs), "z, y");
-        const auto vector = [](const Flat& given, int64_t size) {
-          return Matrix{given.data, 1, size, size, given.dtype};
-        };
-        const auto given = [](const Matrix& vector) { return vector.data ? &vector : nullptr; };
-        const Matrix inner = vector(down_bias, down.rows), outer = vector(up_bias, up.rows);
-        const Matrix columns = vector(scale, up.rows);
-        return kernels().bottleneck_forward(
-            {x, down, up, given(inner), activation, factor, dropout}, residual, given(outer),
-            given(columns), z, y, threads);
-      },
-      release());
-  m.def(
-      "bottleneck_backward",
-      [](const Matrix& x, const Matrix& down, const Matrix& up, int activation, float factor,
-         const Dropout& dropout, const Matrix& dy, const Matrix& z, const Matrix* addend,
-         float outer_factor, const MutableMatrix* dx, const MutableMatrix* ddown,
-         const Flat& ddown_bias, const MutableMatrix* dup, const Flat& dup_bias, int threads) {
-        const int64_t rows = x.rows, rank = down.rows, outputs = up.rows;
-        expect(down.cols == x.cols && has_shape(ddown, rank, x.cols), "down");
-        expect(up.cols == rank && has_shape(dup, outputs, rank), "up");
-        expect(has_size(ddown_bias, rank), "down_bias");
-        expect(has_size(dup_bias, outputs), "up_bias");
-        expect(has_shape(dy, rows, outputs) && has_shape(z, rows, rank), "dy, z");
-        expect(has_shape(addend, rows, x.cols) && has_shape(dx, rows, x.cols), "dx");
-        const auto vector = [](const Flat& given, int64_t size) {
-          return MutableMatrix{given.data, 1, size, size, given.dtype};
-        };
-        const auto wanted = [](const MutableMatrix& out) { return out.data ? &out : nullptr; };
-        const MutableMatrix own_down_bias = vector(ddown_bias, down.rows),
-                            own_up_bias = vector(dup_bias, up.rows);
-        return kernels().bottleneck_backward(
-            {x, down, up, nullptr, activation, factor, dropout}, dy, z, addend, outer_factor,
-            {dx, ddown, wanted(own_down_bias), dup, wanted(own_up_bias)}, threads);
-      },
-      release());
+  bind_bottleneck(m);
   m.def(
       "cross_entropy_rows",
       [](const MutableMatrix& logits, uintptr_t targets, int64_t ignore_index, float logit_scale,
@@ -298,9 +256,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "row_norms",
       [](const Matrix& w, uintptr_t panel, int64_t rank, uintptr_t b, uintptr_t through,
-         float scale, uintptr_t out, int threads) {
+         float scale, uintptr_t out, const Matrix* x, const MutableMatrix* product, int threads) {
         kernels().row_norms(w, pointer<const float>(panel), rank, pointer<const float>(b),
-                            pointer<const float>(through), scale, pointer<float>(out), threads);
+                            pointer<const float>(through), scale, pointer<float>(out), x, product,
+                            threads);
       },
       release());
   m.def(

@@ -33,12 +33,30 @@ struct ExpandTerms {
   const float* bias;          // [N] fp32
 };
 
+// What base_product multiplies x w by, and where it leaves it before, in fp32 or bf16.
+struct ScaledProduct {
+  const float* scale;        // [N]
+  const MutableMatrix* out;  // [M, N] or null
+};
+
 // A lora_reduce of x that base_product makes on the way.
 struct Reduction {
   const float* panel;  // [K, padded_rank(R)]
   float scale;
   Dropout dropout;  // of x
   float* out;       // [M, R]
+};
+
+// Rows [first, end) of base_product's x, and LoRA's branch of them: keep * (t panel). Dropout
+// counts the rows of x.
+struct Run {
+  int64_t first, end;
+  const float* t;              // [end - first, R]
+  const Reduction* reduction;  // that makes t, or null
+  const float* panel;          // [R, N]
+  int64_t rank;                // may be 0
+  const float* bias;           // [N] or null
+  Dropout dropout;
 };
 
 // A bottleneck adapter: x [M, K], D [R, K], U [H, R], R <= kMaxRank. All in fp32, with R a multiple
@@ -212,13 +230,12 @@ struct Kernels {
   void (*lora_expand)(const float* t, const float* panel, int64_t rank, const ExpandTerms& terms,
                       const Dropout& dropout, const MutableMatrix& out, int threads);
 
-  // out [M, N], fp32 or bf16, = lora_expand's + x w, rounded once: x [M, K] bf16, w bf16 [K, N] or,
-  // if transposed, [N, K]. With a reduction, t is what it leaves. The rank may be 0. Null in builds
-  // whose products the vendor library's beat.
-  void (*base_product)(const Matrix& x, const Matrix& w, bool transposed, const float* t,
-                       const Reduction* reduction, const float* panel, int64_t rank,
-                       const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
-                       int threads);
+  // The rows of out [M, N], fp32 or bf16, that `count` runs name = lora_expand's + x w, rounded
+  // once: x [M, K] bf16, w bf16 [K, N] or, if transposed, [N, K]. addend [M, N], of the dtype of
+  // out or fp32, and product may be null. Null in builds whose products the vendor library's beat.
+  void (*base_product)(const Matrix& x, const Matrix& w, bool transposed, const Run* runs,
+                       int64_t count, const Matrix* addend, const ScaledProduct* product,
+                       const MutableMatrix& out, int threads);
   // out [M, N] fp32 = x w, of base_product's operands, for a K of many thousands; partial is fp32
   // [kDeepSums - 1, M, N]. Null as above.
   void (*deep_product)(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
@@ -247,9 +264,11 @@ struct Kernels {
                              const MutableMatrix* dx, const ColumnSums& dscale, int threads);
 
   // out [N] = the root of |w_n|^2 + scale <b_n, 2 w_n panel + through_n>, or 0 where that is
-  // negative: w [N, K], panel as above, b and through [N, R] fp32.
+  // negative: w [N, K], panel as above, b and through [N, R] fp32. On the way product [M, N] = x
+  // w^T, of any dtype, for a few rows of x [M, K], or null: padded_rank(R) + M <= kMaxRank.
   void (*row_norms)(const Matrix& w, const float* panel, int64_t rank, const float* b,
-                    const float* through, float scale, float* out, int threads);
+                    const float* through, float scale, float* out, const Matrix* x,
+                    const MutableMatrix* product, int threads);
 
   // y [M, I] = act(gate) * up * scale, scale [I] fp32. Operands of one dtype are the fast case.
   void (*scaled_glu_forward)(const Matrix& gate, const Matrix& up, const float* scale,

@@ -46,7 +46,7 @@ from fasttune._native.lora_linear import (
 from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from fasttune._native.rope import rope_backward, rope_forward
-from fasttune._native.row_norms import row_norms, takes_row_norms
+from fasttune._native.row_norms import row_norms, takes_few_rows, takes_row_norms
 from fasttune._native.scaled_glu import scaled_glu_backward, scaled_glu_forward
 from fasttune._native.scaled_sum import scaled_sum
 
@@ -99,6 +99,7 @@ __all__ = [
     "scratch",
     "sums_of_squares",
     "takes_bottleneck",
+    "takes_few_rows",
     "takes_product",
     "takes_row_norms",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,21 @@ def takes_product(x: Tensor, w: Tensor, *, deep: bool = False, cast: bool = Fals
 def has_base_product() -> bool:
     """True if products with base weights can run on tiles."""
     return bool(cpu().has_base_product())
+
+
+def multiply(
+    product: Product,  # of which takes_product is true
+    runs: list[Any],
+    out: Tensor,  # [M, N], fp32 or bf16
+    addend: Tensor | None,
+    kept: Tensor | None,
+    kept_scale: int,
+) -> None:
+    """The rows of out that ``runs`` name: their branches, addend and x w, rounded once."""
+    x, w = product
+    transposed = w.stride(1) != 1
+    right = w.t() if transposed else w
+    cpu().base_product(x, right, transposed, runs, addend, kept, kept_scale, out, threads())
 
 
 def deep_product(x: Tensor, w: Tensor) -> Tensor:

@@ -15,10 +15,15 @@ def ia3_scale_backward(
     scale: Tensor,  # [N]
     *,
     need_dx: bool,
+    out: Tensor | None = None,  # [M, N] of dy.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """dx [M, N] = dy scale in dy.dtype (None where not needed), dscale [N] fp32 = sum_m dy x."""
+    """dx [M, N] = dy scale in dy.dtype (None where not needed), written into ``out`` if given, and
+    dscale [N] fp32 = sum_m dy x.
+    """
     rows, cols = x.shape
-    dx = torch.empty(rows, cols, dtype=dy.dtype) if need_dx else None
+    dx = None
+    if need_dx:
+        dx = torch.empty(rows, cols, dtype=dy.dtype) if out is None else out
     factors = fp32(scale)
     dscale, sums = _norm.column_sums("ia3_dscale", True, _norm.parts(rows, True), cols)
     assert dscale is not None

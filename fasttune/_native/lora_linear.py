@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasttune._native._extension import cpu, fp32, threads
-from fasttune._native.base_product import Product
+from fasttune._native.base_product import Product, multiply
 
 MAX_RANK = 256  # accumulators of csrc/cpu/lora_linear.cpp
 LANES = 16  # kLanes of csrc/cpu/kernels.h
@@ -53,7 +53,7 @@ def _draw(dropout: Any, rows: int, columns: int) -> Tensor:
     return words
 
 
-def _padded_rank(rank: int) -> int:
+def padded_rank(rank: int) -> int:
     return -(-rank // LANES) * LANES
 
 
@@ -78,7 +78,7 @@ def _transposed(x: Tensor, columns: int) -> Tensor:
 
 def panel_of(a: Tensor) -> Tensor:
     """A [R, K] as lora_reduce takes it: [K, padded R] fp32."""
-    return _transposed(a, _padded_rank(a.shape[0]))
+    return _transposed(a, padded_rank(a.shape[0]))
 
 
 def _scale(scale: float, scale_tensor: Tensor | None) -> float:
@@ -122,9 +122,11 @@ def lora_layer(
     row_offset: int = 0,
     out_dtype: torch.dtype,
     out: Tensor | None = None,  # [M, N]
+    kept: Tensor | None = None,  # [M, N], fp32 or bf16
+    product_scale: Tensor | None = None,  # [N] fp32, given with ``kept``
 ) -> tuple[Tensor, Tensor]:
     """lora_down and lora_up in one pass over x: y [M, N], rounded once and written into ``out`` if
-    given, and t [M, R] fp32.
+    given, and t [M, R] fp32. The product goes into ``kept`` and is scaled, if given.
     """
     x, w = product
     if out is None:
@@ -133,7 +135,10 @@ def lora_layer(
     reduced = Reduced(panel_of(a), _scale(scale, scale_tensor), dropout)
     factor = _transposed(b, b.shape[0])
     t = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32)
-    _expand(t, factor, bias, dropout_of(None, 0, 0, 0), out, None, product=product, reduced=reduced)
+    _add_product(
+        product, t, factor, bias, _keep_all(), out,
+        reduced=reduced, kept=kept, product_scale=product_scale,
+    )  # fmt: skip
     return out, t
 
 
@@ -157,7 +162,11 @@ def lora_up(
     if addend is not None and plain and _by_vendor(out, t.shape[1]):
         return torch.addmm(addend, t, fp32(b).t(), out=out)
     panel = _transposed(b, b.shape[0])
-    _expand(t, panel, bias, dropout_of(None, 0, 0, 0), out, addend, addend_scale, product)
+    if product is not None:
+        assert addend_scale is None
+        _add_product(product, t, panel, bias, _keep_all(), out, addend)
+    else:
+        _expand(t, panel, bias, _keep_all(), out, addend, addend_scale)
     return out
 
 
@@ -188,7 +197,7 @@ def lora_up_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """d [M, R] fp32 = scale dy B, db [N, R] = dy^T t; None where not needed."""
     d = db = None
-    none, rank = dropout_of(None, 0, 0, 0), b.shape[1]
+    none, rank = _keep_all(), b.shape[1]
     if _by_vendor(dy, rank):
         if need_d:
             d = torch.mm(dy, fp32(b)).mul_(_scale(scale, scale_tensor))
@@ -198,13 +207,13 @@ def lora_up_backward(
         return d, db
     if need_d:
         d = torch.empty(dy.shape[0], rank, dtype=torch.float32)
-        panel = _padded(b, _padded_rank(rank))
+        panel = _padded(b, padded_rank(rank))
         factor = _scale(scale, scale_tensor)
         cpu().lora_reduce(dy, panel.data_ptr(), rank, factor, none, d.data_ptr(), threads())
     if need_db:
         assert t is not None
         db = torch.empty_like(b, memory_format=torch.contiguous_format)
-        padded = _padded(t, _padded_rank(rank))
+        padded = _padded(t, padded_rank(rank))
         cpu().lora_outer(dy, padded.data_ptr(), rank, none, db, False, threads())
     return d, db
 
@@ -235,8 +244,8 @@ def lora_down_backward(
     if d is None and up is not None:
         assert product is not None
         factor, scale, scale_tensor = up
-        panel = _padded(factor, _padded_rank(factor.shape[1]))
-        reduced = Reduced(panel, _scale(scale, scale_tensor), dropout_of(None, 0, 0, 0))
+        panel = _padded(factor, padded_rank(factor.shape[1]))
+        reduced = Reduced(panel, _scale(scale, scale_tensor), _keep_all())
         d = torch.empty(product[0].shape[0], factor.shape[1], dtype=torch.float32)
     if threshold and need_dx and (need_da or product is not None):
         assert d is not None
@@ -248,14 +257,16 @@ def lora_down_backward(
         dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
         if _by_vendor(dx, a.shape[0], threshold) and addend is not None and product is None:
             torch.addmm(addend, d, panel_of_a, out=dx)
+        elif product is not None:
+            _add_product(product, d, panel_of_a, None, dropout, dx, addend, reduced=reduced)
         else:
-            _expand(d, panel_of_a, None, dropout, dx, addend, product=product, reduced=reduced)
+            _expand(d, panel_of_a, None, dropout, dx, addend)
     if need_da and x is not None and d is not None and _by_vendor(x, a.shape[0], threshold):
         da = torch.mm(d.t(), x).to(a.dtype)
     elif need_da:
         assert d is not None and x is not None
         da = torch.empty_like(a, memory_format=torch.contiguous_format)
-        padded = _padded(d, _padded_rank(a.shape[0]))
+        padded = _padded(d, padded_rank(a.shape[0]))
         cpu().lora_outer(
             x,
             padded.data_ptr(),
@@ -276,13 +287,10 @@ def _expand(
     out: Tensor,
     addend: Tensor | None,
     addend_scale: Tensor | None = None,
-    product: Product | None = None,
-    reduced: Reduced | None = None,  # t is written
 ) -> None:
-    if addend is not None and addend.dtype not in (torch.float32, out.dtype):
-        raise TypeError(f"addend: expected torch.float32 or {out.dtype}, got {addend.dtype}")
+    _check_addend(addend, out)
     bias_fp32 = None if bias is None else fp32(bias)
-    arguments = (
+    cpu().lora_expand(
         t.data_ptr(),
         panel.data_ptr(),
         t.shape[1],
@@ -293,14 +301,36 @@ def _expand(
         out,
         threads(),
     )
-    if product is None:
-        cpu().lora_expand(*arguments)
-        return
-    x, w = product
-    transposed = w.stride(1) != 1
+
+
+def _add_product(
+    product: Product,
+    t: Tensor,
+    panel: Tensor,
+    bias: Tensor | None,
+    dropout: Any,
+    out: Tensor,
+    addend: Tensor | None = None,
+    *,
+    reduced: Reduced | None = None,  # t is written
+    kept: Tensor | None = None,
+    product_scale: Tensor | None = None,
+) -> None:
+    """What _expand adds, and the product, in one pass; ``kept`` gets the product as it is."""
+    _check_addend(addend, out)
+    bias_fp32 = None if bias is None else fp32(bias)
     reduction = None
     if reduced is not None:
         # The names of the arguments stay bound: they may be all that keeps their tensors alive.
         own = reduced.panel.data_ptr()
         reduction = cpu().Reduction(own, reduced.scale, reduced.dropout, t.data_ptr())
-    cpu().base_product(x, w.t() if transposed else w, transposed, reduction, *arguments)
+    rows = product[0].shape[0]
+    addresses = (panel.data_ptr(), t.shape[1], 0 if bias_fp32 is None else bias_fp32.data_ptr())
+    run = cpu().Run(0, rows, t.data_ptr(), reduction, *addresses, dropout)
+    scale = 0 if product_scale is None else product_scale.data_ptr()
+    multiply(product, [run], out, addend, kept, scale)
+
+
+def _check_addend(addend: Tensor | None, out: Tensor) -> None:
+    if addend is not None and addend.dtype not in (torch.float32, out.dtype):
+        raise TypeError(f"addend: expected torch.float32 or {out.dtype}, got {addend.dtype}")

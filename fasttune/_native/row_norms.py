@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fasttune._native._extension import cpu, fp32, threads
-from fasttune._native.lora_linear import MAX_RANK, panel_of
+from fasttune._native.lora_linear import MAX_RANK, padded_rank, panel_of
+
+_FEW_ROWS = 32  # kTilesOfX of csrc/cpu/amx/row_norms.cpp
 
 
 def takes_row_norms(weight: Tensor, a: Tensor) -> bool:
@@ -15,21 +17,29 @@ def takes_row_norms(weight: Tensor, a: Tensor) -> bool:
     return fits and weight.stride(1) == 1 and not weight.is_neg()
 
 
+def takes_few_rows(x: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """True if :func:`row_norms` multiplies x [M, K] by the weight on the way."""
+    columns = padded_rank(a.shape[0]) + x.shape[0]
+    return 0 < x.shape[0] <= _FEW_ROWS and x.dtype == weight.dtype and columns <= MAX_RANK
+
+
 def row_norms(
     weight: Tensor,  # [N, K]
     a: Tensor,  # [R, K]
     b: Tensor,  # [N, R]
     scale: float,
-) -> Tensor:
+    x: Tensor | None = None,  # [M, K], of which takes_few_rows is true
+) -> tuple[Tensor, Tensor | None]:
     """The norms [N] fp32 of the rows of W + scale B A: the root of |w|^2 + scale <b, 2 W A^T +
-    scale B A A^T>, whose W is read once.
+    scale B A A^T>, whose W is read once; and x W^T [M, N] in fp32 from the same pass.
     """
     rank, inner, outer = a.shape[0], fp32(a), fp32(b)
     panel = panel_of(inner)
-    through = (outer @ (inner @ inner.t())).mul_(scale)
+    through = torch.mm(outer, torch.mm(inner, inner.t())).mul_(scale)
     out = torch.empty(weight.shape[0], dtype=torch.float32)
+    product = None if x is None else torch.empty(x.shape[0], weight.shape[0])
     cpu().row_norms(
         weight, panel.data_ptr(), rank, outer.data_ptr(), through.data_ptr(), scale,
-        out.data_ptr(), threads(),
+        out.data_ptr(), x, product, threads(),
     )  # fmt: skip
-    return out
+    return out, product

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -96,7 +96,7 @@ def _product_backward(prims: ModuleType, dy: Tensor, weight: Tensor) -> Tensor:
 def _weight_norm(prims: ModuleType, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """The norm; no copy of the weight is made where its rows lie as the kernels read them."""
     if prims is _native and _native.takes_row_norms(weight, a):
-        return _native.row_norms(weight, a, b, scale)
+        return _native.row_norms(weight, a, b, scale)[0]
     if prims is _native or weight.stride(1) != 1 or weight.numel() == 0:
         return _dora_linear_reference.weight_norm(weight, a, b, scale)
     inner, outer = a.to(torch.float32), b.to(torch.float32)
@@ -108,38 +108,79 @@ def _weight_norm(prims: ModuleType, weight: Tensor, a: Tensor, b: Tensor, scale:
     return squares.clamp_(min=0).sqrt_()
 
 
+def _norm_and_products(
+    prims: ModuleType, rows: Sequence[Tensor], weight: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Sequence[Tensor] | None]:
+    """The norm and, where it is made in the same pass over W, the products of ``rows`` with W^T in
+    fp32.
+    """
+    if prims is _native and rows and _native.takes_row_norms(weight, a):
+        together = rows[0] if len(rows) == 1 else torch.cat(list(rows))
+        if _native.takes_few_rows(together, weight, a):
+            norm, product = _native.row_norms(weight, a, b, scale, together)
+            assert product is not None
+            return norm, [product] if len(rows) == 1 else product.split(rows[0].shape[0])
+    return _weight_norm(prims, weight, a, b, scale), None
+
+
+def _with_branch(x: Tensor, right: Tensor, a: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the product x right, in ``dtype``, takes a branch of LoRA with it on tiles."""
+    fits = 0 < a.shape[0] <= _native.MAX_RANK and x.dtype == dtype
+    return fits and _native.takes_product(x, right) and not _gemm.through_fp32(x.device, dtype)
+
+
+def _plus_product(addend: Tensor, x: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """addend + x right, on tiles and rounded once."""
+    return _native.lora_up(
+        addend.new_empty(x.shape[0], 0), addend.new_empty(right.shape[1], 0), None,
+        out_dtype=dtype, addend=addend, product=(x, right),
+    )  # fmt: skip
+
+
 def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward in terms of the primitives of a backend; y, t, the base product if it is needed,
     and the norm if it was not given."""
     x, weight, bias, a, b, magnitude, norm, seed, scaling, threshold = args[:10]
     dtype, base_dtype, need_base = args[10:]
-    own_norm = weight.new_empty(0, dtype=accumulator(weight.dtype))
-    if norm is None:
-        norm = own_norm = _weight_norm(prims, weight, a, b, scaling)
-    g, scale = magnitude.to(torch.float32) / norm, _dropout.keep_scale(threshold)
+    scale = _dropout.keep_scale(threshold)
     draw = {"seed": seed, "threshold": threshold, "branch": 0}
+    kept = prims.drop(x, **draw) if threshold else x
+    own_norm, products = weight.new_empty(0, dtype=accumulator(weight.dtype)), None
+    if norm is None:
+        rows = ((kept, x) if threshold else (x,)) if x.dtype == dtype else ()
+        norm, products = _norm_and_products(prims, rows, weight, a, b, scaling)
+        own_norm = norm
+    g = magnitude.to(torch.float32) / norm
+    up, factor = g[:, None] * b.to(torch.float32), (g - 1) * scale if threshold else g
+    if prims is _native and products is None and _with_branch(x, weight.t(), a, dtype):
+        base = x.new_empty((x.shape[0], weight.shape[0]) if need_base else (0,), dtype=base_dtype)
+        y, t = prims.lora_layer(
+            (kept, weight.t()), a, up, bias, scaling * scale, None,
+            seed=None, threshold=0, branch=0, out_dtype=torch.float32 if threshold else dtype,
+            kept=base if need_base else None, product_scale=factor,
+        )  # fmt: skip
+        y = _plus_product(y, x, weight.t(), dtype) if threshold else y
+        return y, t, base, own_norm
     t = prims.lora_down(x, a, scaling * scale, None, **draw)
-    up = g[:, None] * b.to(torch.float32)
     exact = base_dtype == torch.float32 != dtype
-    if not threshold:
-        base = (
-            _product_in_fp32(x, weight, need_base) if exact else _product(prims, x, weight, dtype)
-        )
-        y = prims.lora_up(t, up, bias, out_dtype=dtype, addend=base, addend_scale=g)
+    if products is not None:
+        base = products[0]
+    elif exact:
+        base = _product_in_fp32(kept, weight, need_base)
     else:
-        kept = prims.drop(x, **draw)
-        base = (
-            _product_in_fp32(kept, weight, need_base)
-            if exact
-            else _product(prims, kept, weight, dtype)
-        )
-        through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
-        part_dtype = torch.float32 if through_fp32 else dtype
-        sums = {"addend": base, "addend_scale": (g - 1) * scale}
-        y = prims.lora_up(t, up, bias, out_dtype=part_dtype, **sums)
-        if need_base and not exact:
+        base = _product(prims, kept, weight, dtype)
+    through_fp32 = prims is _native and _gemm.through_fp32(x.device, dtype)
+    in_fp32 = threshold and (through_fp32 or products is not None)
+    y = prims.lora_up(
+        t, up, bias, out_dtype=torch.float32 if in_fp32 else dtype,
+        addend=base, addend_scale=factor,
+    )  # fmt: skip
+    if threshold:
+        if need_base and not exact and products is None:
             base = base.to(base_dtype, copy=True)  # out of the scratch buffer, before it is reused
-        if through_fp32:
+        if products is not None:
+            y = y.add_(products[1]).to(dtype)
+        elif through_fp32:
             y = y.add_(_product(prims, x, weight, dtype)).to(dtype)
         else:
             y = y.addmm_(x.to(dtype), weight.to(dtype).t())
@@ -162,8 +203,10 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     through_base = dy
     dots = None
     if prims is _native and needs[5]:
-        scaled, dots = prims.ia3_scale_backward(dy, base, factor, need_dx=needs[0] or needs[1])
-        through_base = dy if scaled is None else scaled
+        scaled = _native.scratch("dora_backward", dy.shape[0], dy.shape[1], dy.dtype)
+        through = needs[0] or needs[1]
+        _, dots = prims.ia3_scale_backward(dy, base, factor, need_dx=through, out=scaled)
+        through_base = scaled if through else dy
     elif needs[0] or needs[1]:
         through_base = torch.mul(dy, factor, out=torch.empty_like(dy))
     if needs[0]:
@@ -177,12 +220,12 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     if needs[3]:
         off = {"dx_dtype": x_dtype, "need_dx": False, "need_da": True}
         grads[3] = prims.lora_down_backward(d, a, x, **draw, **off)[1]
-    if needs[4]:
-        grads[4] = (g[:, None] * db).to(b.dtype)
     if needs[5]:
         dots = _column_dot(dy, base) if dots is None else dots
-        dg = dots * scale + (b.to(torch.float32) * db).sum(1)
-        grads[5] = (dg / norm).to(magnitude.dtype)
+        dg = torch.mul(b, db).sum(1).add_(dots, alpha=scale)
+        grads[5] = dg.div_(norm).to(magnitude.dtype)
+    if needs[4]:
+        grads[4] = db.mul_(g[:, None]).to(b.dtype)
     return [grad for grad, flag in zip(grads, needs, strict=True) if flag and grad is not None]
 
 
@@ -196,6 +239,15 @@ def _input_gradient(
     draw: dict[str, Any],
     dtype: torch.dtype,
 ) -> Tensor:
+    tiles = prims is _native and dtype in (torch.bfloat16, torch.float32)
+    if tiles and _with_branch(dy, weight, a, dy.dtype):
+        part_dtype = torch.float32 if draw["threshold"] else dtype
+        part: Tensor = prims.lora_up(
+            d, a.t(), None, out_dtype=part_dtype, product=(through_base, weight)
+        )
+        if not draw["threshold"]:
+            return part
+        return _plus_product(prims.drop(part, **draw), dy, weight, dtype)
     product = _product_backward(prims, through_base, weight)
     if product.dtype != dtype:
         product = product.to(torch.float32)

@@ -277,6 +277,59 @@ def test_a_layer_in_one_pass_equals_its_two_products(rows, features, rank, count
 
 
 @pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("kept_dtype", [torch.float32, torch.bfloat16, None], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "features", "columns", "rank"), [(70, 96, 250, 16), (600, 130, 64, 33), (64, 31, 9, 0)]
+)
+def test_a_product_is_kept_before_it_is_scaled(
+    rows, features, columns, rank, kept_dtype, count, isa
+):
+    """``kept`` has its bits without a branch; a row of it has room behind."""
+    x, w, _, b = base_operands(rows, features, columns, rank, "transposed")
+    a, bias, scale = torch.randn(rank, features), torch.randn(columns), torch.randn(columns)
+    room = torch.full((rows, columns + 3), 7.0, dtype=kept_dtype or torch.float32)
+    kept = room[:, :columns]
+    extra = {"kept": kept if kept_dtype else None, "product_scale": scale}
+    with build(isa), threads(count):
+        y, t = _native.lora_layer(
+            (x, w), a, b, bias, 3.0, None, **draws(0.0), out_dtype=torch.float32, **extra
+        )
+        nothing = (torch.empty(rows, 0), torch.empty(columns, 0), None)
+        plain = _native.lora_up(*nothing, out_dtype=kept.dtype, product=(x, w))
+    assert torch.equal(kept, plain) if kept_dtype else bool((room == 7).all())
+    assert bool((room[:, columns:] == 7).all())
+    base = x.double() @ w.double()
+    truth = scale * base + t.double() @ b.double().t() + bias
+    assert largest_error(y, truth) < 2e-6 * float(truth.abs().max())
+    reduced = 3 * x.double() @ a.double().t()
+    assert rank == 0 or largest_error(t, reduced) < 2e-6 * float(reduced.abs().max())
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("few", [1, 16, 32])
+@pytest.mark.parametrize(
+    ("rows", "features", "rank"), [(70, 96, 16), (300, 1000, 5), (64, 290, 33), (9, 31, 1)]
+)
+def test_norms_and_products_of_a_few_rows(rows, features, rank, few, dtype, count, isa):
+    """In one pass over a weight whose rows have room behind them, as has x."""
+    weight = torch.randn(rows, features + 7).to(dtype)[:, :features]
+    x = torch.randn(few, 2 * features).to(dtype)[:, :features]
+    a, b = torch.randn(rank, features), torch.randn(rows, rank) / rank
+    with build(isa), threads(count):
+        norms, product = _native.row_norms(weight, a, b, 0.7, x)
+        alone, nothing = _native.row_norms(weight, a, b, 0.7)
+    truth = torch.linalg.vector_norm(weight.double() + 0.7 * b.double() @ a.double(), dim=1)
+    assert float(((norms - truth) / truth).abs().max()) < 1e-6
+    assert torch.equal(norms, alone) and nothing is None
+    exact = x.double() @ weight.double().t()
+    assert _native.takes_few_rows(x, weight, a)
+    assert largest_error(product, exact) < 2e-6 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("isa", TILES)
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("rows", [70, 600])

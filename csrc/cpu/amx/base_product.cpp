@@ -6,6 +6,7 @@
 // lies, unless its rows would compete for the same lines of the caches.
 #include <atomic>
 #include <numeric>
+#include <vector>
 
 #include "amx/expand_blocks.h"
 #include "amx/long_sums.h"
@@ -53,9 +54,8 @@ struct Part {
 struct Grid {
   int64_t blocks, panels, row_parts, panel_parts;
 
-  Grid(const MutableMatrix& out, int threads)
-      : blocks((out.rows + kRowsOfBlock - 1) / kRowsOfBlock),
-        panels((out.cols + kColumnsOfPanel - 1) / kColumnsOfPanel) {
+  Grid(int64_t blocks_of_rows, int64_t cols, int threads)
+      : blocks(blocks_of_rows), panels((cols + kColumnsOfPanel - 1) / kColumnsOfPanel) {
     constexpr int64_t kBlocksWorthPacking = 8, kManyMore = 8;
     const int64_t worth = panels < kManyMore * blocks ? blocks / kBlocksWorthPacking : 1;
     row_parts = std::max<int64_t>(1, std::min<int64_t>(threads, worth));
@@ -69,27 +69,76 @@ struct Grid {
   }
 };
 
+// Up to 32 rows of a run.
+struct RowsOfRun {
+  const Run* run;
+  int64_t row;
+
+  int64_t rows() const { return std::min(kRowsOfBlock, run->end - row); }
+};
+
+std::vector<RowsOfRun> blocks_of(const Run* runs, int64_t count) {
+  std::vector<RowsOfRun> blocks;
+  for (const Run* run = runs; run < runs + count; ++run)
+    for (int64_t row = run->first; row < run->end; row += kRowsOfBlock)
+      blocks.push_back({run, row});
+  return blocks;
+}
+
 struct Call {
   const Matrix& x;
   const Matrix& w;
   bool transposed;
-  const float* t;
-  const Reduction* reduction;
-  const float* factor;
-  int64_t rank;
-  const ExpandTerms& terms;
-  const KeepMask& mask;
-  const KeepMask& reduction_mask;
+  const std::vector<RowsOfRun>& blocks;
+  const Matrix* addend;
+  const ScaledProduct* product;
   const MutableMatrix& out;
-  Steps steps;
+  Steps steps;         // of a panel: as many of LoRA as any run has
+  int64_t reductions;  // elements of the largest panel of a reduction, as tiles
 
+  Call(const Matrix& rows, const Matrix& weight, bool transposed_weight,
+       const std::vector<RowsOfRun>& blocks_of_rows, const Matrix* added, const ScaledProduct* kept,
+       const MutableMatrix& result)
+      : x(rows),
+        w(weight),
+        transposed(transposed_weight),
+        blocks(blocks_of_rows),
+        addend(added),
+        product(kept),
+        out(result),
+        steps{(x.cols + kTileDepth - 1) / kTileDepth, 0},
+        reductions(0) {
+    for (const RowsOfRun& block : blocks) {
+      const int64_t rank = block.run->rank;
+      steps.lora = std::max(steps.lora, steps_of_ranks(rank));
+      if (block.run->reduction) reductions = std::max(reductions, terms_elements(x.cols, rank));
+    }
+  }
+  static int64_t steps_of_ranks(int64_t rank) { return padded_rank(rank) / kLanes * kStepsOfRanks; }
   // Rows apart by a multiple of 2048 bytes share two sets of the first-level cache.
   bool in_place() const { return x.cols % kTileDepth == 0 && 2 * x.stride % 2048 != 0; }
   int64_t panel_elements() const { return steps.all() * kStepElements; }
-  int64_t reduction_elements() const { return reduction ? terms_elements(x.cols, rank) : 0; }
   int64_t chunk_blocks() const {
     return std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, 2 * panel_elements()));
   }
+};
+
+// The panel of a run's reduction as tiles of terms; runs that come one after the other share them.
+class ReductionTiles {
+ public:
+  explicit ReductionTiles(uint16_t* tiles) : tiles_(tiles) {}
+  const uint16_t* of(const Run& run, int64_t depth) {
+    const float* panel = run.reduction->panel;
+    if (panel != panel_)
+      for (int64_t item = 0; item < tiles_of_terms(depth, run.rank); ++item)
+        split_item(panel, depth, run.rank, item, tiles_);
+    panel_ = panel;
+    return tiles_;
+  }
+
+ private:
+  uint16_t* tiles_;
+  const float* panel_ = nullptr;
 };
 
 // Blocks of rows of x and their steps of LoRA, packed where x cannot be read in place.
@@ -100,27 +149,35 @@ class Chunk {
     const int64_t packed = call.in_place() ? 1 : blocks;
     return (packed * call.steps.base + blocks * call.steps.lora) * kStepElements;
   }
-  // `terms` are the tiles of the reduction's panel; of the threads that share rows, one `writes` t.
-  Chunk(const Call& call, int64_t first, int64_t count, const uint16_t* terms, bool writes,
+  // Of the threads that share rows, one `writes` t.
+  Chunk(const Call& call, int64_t first, int64_t count, ReductionTiles& terms, bool writes,
         uint16_t* buffer)
-      : call_(call), first_(first), lora_(buffer), rows_(buffer + count * lora_elements()) {
+      : call_(call),
+        blocks_(call.blocks.data() + first),
+        lora_(buffer),
+        rows_(buffer + count * lora_elements()) {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (first + i) * kRowsOfBlock;
-      const int64_t rows = std::min(kRowsOfBlock, call.x.rows - row);
+      const auto& [run, row] = blocks_[i];
+      const int64_t rows = blocks_[i].rows();
       alignas(64) float reduced[kRowsOfBlock * kMaxRank];
-      const float* t = call.t + row * call.rank;
-      if (const Reduction* reduction = call.reduction) {
-        reduce_rows(call.x, terms, call.rank, reduction->scale, call.reduction_mask, reduced, row);
-        if (writes) std::copy_n(reduced, rows * call.rank, reduction->out + row * call.rank);
+      const float* t = run->t + (row - run->first) * run->rank;
+      if (const Reduction* reduction = run->reduction) {
+        Matrix own = call.x;
+        own.rows = run->end;
+        reduce_rows(own, terms.of(*run, own.cols), run->rank, reduction->scale,
+                    KeepMask(reduction->dropout), reduced, row);
+        if (writes)
+          std::copy_n(reduced, rows * run->rank, reduction->out + (row - run->first) * run->rank);
         t = reduced;
       }
-      split_left(t, call.rank, rows, lora_ + i * lora_elements());
+      split_left(t, run->rank, rows, lora_ + i * lora_elements());
       if (!in_place(i)) pack_rows(call.x, row, call.steps.base, packed(i));
     }
   }
+  const RowsOfRun& rows(int64_t i) const { return blocks_[i]; }
   Block base(int64_t i) const {
     if (!in_place(i)) return packed_block(packed(i));
-    const int64_t row = (first_ + i) * kRowsOfBlock;
+    const int64_t row = blocks_[i].row;
     return {at(call_.x, row, 0), at(call_.x, row + kTileSide, 0), 2 * call_.x.stride, kTileDepth};
   }
   Block lora(int64_t i) const { return packed_block(lora_ + i * lora_elements()); }
@@ -128,7 +185,7 @@ class Chunk {
  private:
   int64_t lora_elements() const { return call_.steps.lora * kStepElements; }
   bool in_place(int64_t i) const {
-    return call_.in_place() && (first_ + i + 1) * kRowsOfBlock <= call_.x.rows;
+    return call_.in_place() && blocks_[i].row + kRowsOfBlock <= call_.x.rows;
   }
   // With x in place, only its last rows are packed.
   uint16_t* packed(int64_t i) const {
@@ -136,7 +193,7 @@ class Chunk {
   }
 
   const Call& call_;
-  int64_t first_;
+  const RowsOfRun* blocks_;
   uint16_t *lora_, *rows_;
 };
 
@@ -150,33 +207,46 @@ Ahead next_panel(const Matrix& w, int64_t row, int64_t i, int64_t count) {
   return {at(w, row + skipped, 0), w.stride, rows};
 }
 
-// The panel's columns of the output of `count` blocks from `first`.
+// The panel's columns of the output of a chunk's `count` blocks. The panel has room for the steps
+// of a run behind those of w.
 template <typename Finish>
-void multiply_panel(const Call& call, const Chunk& chunk, int64_t first, int64_t count,
-                    const uint16_t* panel, int64_t col, int64_t end_col, Finish&& finish) {
-  alignas(64) float results[kRowsOfBlock * kColumnsOfPanel],
-      dropped[kRowsOfBlock * kColumnsOfPanel];
-  const Steps& steps = call.steps;
-  const uint16_t* lora = panel + steps.base * kStepElements;
-  const bool drops = !call.mask.keeps_all() && steps.lora > 0;
+void multiply_panel(const Call& call, const Chunk& chunk, int64_t count, uint16_t* panel,
+                    int64_t col, int64_t end_col, Finish&& finish) {
+  alignas(64) float results[kRowsOfBlock * kColumnsOfPanel], branch[kRowsOfBlock * kColumnsOfPanel];
+  uint16_t* factor = panel + call.steps.base * kStepElements;
+  const Run* run = nullptr;
+  KeepMask mask(Dropout{});
+  MutableMatrix out = call.out;
+  int64_t steps = 0;
+  bool apart = false;
   for (int64_t i = 0; i < count; ++i) {
+    const RowsOfRun& rows = chunk.rows(i);
+    if (rows.run != run) {
+      run = rows.run;
+      mask = KeepMask(run->dropout);
+      out.rows = run->end;
+      steps = Call::steps_of_ranks(run->rank);
+      split_right(run->panel, run->rank, out.cols, col, factor);
+      apart = steps > 0 && (call.product || !mask.keeps_all());
+    }
     clear_results();
-    if (drops) {
-      multiply(chunk.lora(i), lora, steps.lora);
-      store_results(dropped);
+    if (apart) {
+      multiply(chunk.lora(i), factor, steps);
+      store_results(branch);
       clear_results();
     }
     const int64_t next = col + kColumnsOfPanel;
-    multiply(chunk.base(i), panel, steps.base,
+    multiply(chunk.base(i), panel, call.steps.base,
              call.transposed && next < end_col ? next_panel(call.w, next, i, count) : Ahead{});
-    if (!drops) multiply(chunk.lora(i), lora, steps.lora);
+    if (!apart) multiply(chunk.lora(i), factor, steps);
     store_results(results);
-    const int64_t row = (first + i) * kRowsOfBlock;
+    if (call.product) scale_product(*call.product, rows.rows(), out.cols, results, rows.row, col);
     const auto bits = [&](int64_t r) {
-      const uint64_t span = call.mask.span(row + r, col / kMaskSpan * kMaskSpan);
+      const uint64_t span = mask.span(rows.row + r, col / kMaskSpan * kMaskSpan);
       return static_cast<uint32_t>(span >> col % kMaskSpan);
     };
-    finish(results, drops ? dropped : nullptr, bits, call.terms, call.out, row, col);
+    finish(results, apart ? branch : nullptr, bits, ExpandTerms{call.addend, nullptr, run->bias},
+           out, rows.row, col);
   }
 }
 
@@ -185,30 +255,24 @@ void multiply_part(const Call& call, const Part& part, uint16_t* buffer, Finish&
   const int64_t elements = call.panel_elements(), base = call.steps.base;
   const int64_t together = call.transposed ? kTransposedPacked : kPanelsPacked;
   uint16_t *packed = buffer, *terms = packed + kPanelsPacked * elements;
-  if (call.reduction)
-    for (int64_t item = 0; item < tiles_of_terms(call.x.cols, call.rank); ++item)
-      split_item(call.reduction->panel, call.x.cols, call.rank, item, terms);
+  ReductionTiles reductions(terms);
   for (int64_t first = part.first_block; first < part.end_block; first += call.chunk_blocks()) {
     const int64_t count = std::min(call.chunk_blocks(), part.end_block - first);
-    const Chunk chunk(call, first, count, terms, part.first_panel == 0,
-                      terms + call.reduction_elements());
+    const Chunk chunk(call, first, count, reductions, part.first_panel == 0,
+                      terms + call.reductions);
     for (int64_t panel = part.first_panel; panel < part.end_panel; panel += together) {
       const int64_t panels = std::min(together, part.end_panel - panel);
       pack_panels(call.w, call.transposed, panel * kColumnsOfPanel, panels, base, packed, elements);
-      for (int64_t i = 0; i < panels; ++i) {
-        const int64_t col = (panel + i) * kColumnsOfPanel;
-        uint16_t* own = packed + i * elements;
-        split_right(call.factor, call.rank, call.out.cols, col, own + base * kStepElements);
-        multiply_panel(call, chunk, first, count, own, col, part.end_panel * kColumnsOfPanel,
-                       finish);
-      }
+      for (int64_t i = 0; i < panels; ++i)
+        multiply_panel(call, chunk, count, packed + i * elements, (panel + i) * kColumnsOfPanel,
+                       part.end_panel * kColumnsOfPanel, finish);
     }
   }
 }
 
 int64_t buffer_elements(const Call& call, const Grid& grid) {
   const int64_t blocks = (grid.blocks + grid.row_parts - 1) / grid.row_parts;
-  return kPanelsPacked * call.panel_elements() + call.reduction_elements() +
+  return kPanelsPacked * call.panel_elements() + call.reductions +
          Chunk::elements(call, std::min(call.chunk_blocks(), blocks));
 }
 
@@ -254,24 +318,24 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
   const int64_t passes = (x.cols + kDepthOfPass - 1) / kDepthOfPass;
   const int64_t sums = std::max<int64_t>(1, std::min(passes, kDeepSums));
   // As many parts for each of the sums as give every thread the same number of them.
-  const Grid grid(out, static_cast<int>(threads / std::gcd(int64_t{threads}, sums)));
+  const Grid grid((out.rows + kRowsOfBlock - 1) / kRowsOfBlock, out.cols,
+                  static_cast<int>(threads / std::gcd(int64_t{threads}, sums)));
   const int64_t size = out.rows * out.cols;
   const auto sums_of = [&](int64_t i) {
     MutableMatrix own = out;
     if (i > 0) own.data = partial + (i - 1) * size, own.stride = out.cols;
     return own;
   };
-  const KeepMask keep(Dropout{});
-  const auto with_pass = [&](int64_t pass, const ExpandTerms& terms, const MutableMatrix& own,
+  const Run all{0, out.rows, nullptr, nullptr, nullptr, 0, nullptr, Dropout{}};
+  const std::vector<RowsOfRun> blocks = blocks_of(&all, 1);
+  const auto with_pass = [&](int64_t pass, const Matrix* addend, const MutableMatrix& own,
                              auto&& body) {
     const Pass operands(x, w, transposed, pass * kDepthOfPass);
-    const Steps steps{(operands.x.cols + kTileDepth - 1) / kTileDepth, 0};
-    body(Call{operands.x, operands.w, transposed, nullptr, nullptr, nullptr, 0, terms, keep, keep,
-              own, steps});
+    body(Call(operands.x, operands.w, transposed, blocks, addend, nullptr, own));
   };
   int64_t elements = 0;
   for (const int64_t pass : {int64_t{0}, passes - 1})  // the last one may have to be packed
-    with_pass(pass, {}, out, [&](const Call& call) {
+    with_pass(pass, nullptr, out, [&](const Call& call) {
       elements = std::max(elements, buffer_elements(call, grid));
     });
   on_threads(threads, sums * grid.parts(), elements, [&](int64_t index, uint16_t* buffer) {
@@ -279,9 +343,8 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
     const MutableMatrix own = sums_of(i);
     const Matrix before{own.data, own.rows, own.cols, own.stride, DType::kFloat32};
     for (int64_t pass = first; pass < passes * (i + 1) / sums; ++pass) {
-      const ExpandTerms terms{pass > first ? &before : nullptr, nullptr, nullptr};
-      with_pass(pass, terms, own, [&](const Call& call) {
-        with_finish(terms, DType::kFloat32, [&](auto finish) {
+      with_pass(pass, pass > first ? &before : nullptr, own, [&](const Call& call) {
+        with_finish(call.addend, DType::kFloat32, [&](auto finish) {
           multiply_part(call, grid.part(index % grid.parts()), buffer, finish);
         });
       });
@@ -296,26 +359,13 @@ void deep_product(const Matrix& x, const Matrix& w, bool transposed, const Mutab
     }
 }
 
-void base_product(const Matrix& x, const Matrix& w, bool transposed, const float* t,
-                  const Reduction* reduction, const float* factor, int64_t rank,
-                  const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
+void base_product(const Matrix& x, const Matrix& w, bool transposed, const Run* runs, int64_t count,
+                  const Matrix* addend, const ScaledProduct* product, const MutableMatrix& out,
                   int threads) {
-  const KeepMask mask(dropout), reduction_mask(reduction ? reduction->dropout : Dropout{});
-  const Call call{
-      x,
-      w,
-      transposed,
-      t,
-      reduction,
-      factor,
-      rank,
-      terms,
-      mask,
-      reduction_mask,
-      out,
-      {(x.cols + kTileDepth - 1) / kTileDepth, padded_rank(rank) / kLanes * kStepsOfRanks}};
-  const Grid grid(out, threads);
-  with_finish(terms, out.dtype, [&](auto finish) {
+  const std::vector<RowsOfRun> blocks = blocks_of(runs, count);
+  const Call call(x, w, transposed, blocks, addend, product, out);
+  const Grid grid(static_cast<int64_t>(blocks.size()), out.cols, threads);
+  with_finish(addend, out.dtype, [&](auto finish) {
     const auto parts = static_cast<int>(grid.parts());
     on_threads(parts, parts, buffer_elements(call, grid), [&](int64_t index, uint16_t* buffer) {
       multiply_part(call, grid.part(index), buffer, finish);

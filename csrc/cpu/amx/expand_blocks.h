@@ -171,6 +171,23 @@ inline void store_row(T* to, const Lanes& row, __mmask16 first, __mmask16 second
   }
 }
 
+// Scales rows of a panel of a product in place, after leaving them as they are where they are kept.
+inline void scale_product(const ScaledProduct& product, int64_t rows, int64_t cols, float* results,
+                          int64_t row, int64_t col) {
+  const __mmask16 first = lower_floats(cols - col), second = lower_floats(cols - col - kLanes);
+  const Lanes scale = load_row(product.scale + col, first, second);
+  const MutableMatrix* out = product.out;
+  for (int64_t i = 0; i < rows; ++i, results += kColumnsOfPanel) {
+    const Lanes y{load(results), load(results + kLanes)};
+    const int64_t at = out ? (row + i) * out->stride + col : 0;
+    if (out && out->dtype == DType::kFloat32)
+      store_row(static_cast<float*>(out->data) + at, y, first, second);
+    else if (out)
+      store_row(static_cast<uint16_t*>(out->data) + at, y, first, second);
+    store(results, y.low * scale.low), store(results + kLanes, y.high * scale.high);
+  }
+}
+
 // Writes rows of a panel: results, what dropout keeps of `dropped` (one may be null), addend and
 // bias, rounded.
 // bits(i) are the keep bits of row i, A and R the elements of the addend (void: none) and of the
@@ -226,8 +243,8 @@ void with_types(const Matrix* addend, DType out, Body&& body) {
 
 // Calls body with finish for the dtypes at hand, as a generic lambda of its arguments.
 template <typename Body>
-void with_finish(const ExpandTerms& terms, DType out, Body&& body) {
-  with_types(terms.addend, out, [&](auto addend, auto result) {
+void with_finish(const Matrix* addend, DType out, Body&& body) {
+  with_types(addend, out, [&](auto addend, auto result) {
     using A = typename decltype(addend)::type;
     using R = typename decltype(result)::type;
     body([](auto&&... args) { finish<A, R>(static_cast<decltype(args)&&>(args)...); });

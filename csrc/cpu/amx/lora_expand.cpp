@@ -46,7 +46,7 @@ void lora_expand(const float* t, const float* factor, int64_t rank, const Expand
   const TileScratch scratch(panels * steps * kStepElements);
   uint16_t* packed = scratch.data();
   const KeepMask mask(dropout);
-  with_finish(terms, out.dtype, [&](auto finish) {
+  with_finish(terms.addend, out.dtype, [&](auto finish) {
 #pragma omp parallel num_threads(team(threads, blocks, panels * steps * 2))
     {
 #pragma omp for schedule(static)

@@ -10,9 +10,8 @@ void lora_outer(const Matrix& x, const float* t, int64_t rank, const Dropout& dr
                 const MutableMatrix& out, bool transposed, int threads);
 void lora_expand(const float* t, const float* panel, int64_t rank, const ExpandTerms& terms,
                  const Dropout& dropout, const MutableMatrix& out, int threads);
-void base_product(const Matrix& x, const Matrix& w, bool transposed, const float* t,
-                  const Reduction* reduction, const float* factor, int64_t rank,
-                  const ExpandTerms& terms, const Dropout& dropout, const MutableMatrix& out,
+void base_product(const Matrix& x, const Matrix& w, bool transposed, const Run* runs, int64_t count,
+                  const Matrix* addend, const ScaledProduct* product, const MutableMatrix& out,
                   int threads);
 void deep_product(const Matrix& x, const Matrix& w, bool transposed, const MutableMatrix& out,
                   float* partial, int threads);

@@ -2,6 +2,7 @@
 #include "amx/lora_linear.h"
 #include "attention.h"
 #include "bottleneck.h"
+#include "row_norms.h"
 #include "simd.h"
 
 namespace fasttune::cpu::FASTTUNE_ISA {
@@ -15,6 +16,7 @@ const Kernels& table() {
     own.lora_expand = lora_expand;
     own.base_product = base_product;
     own.deep_product = deep_product;
+    own.row_norms = row_norms;
     own.bottleneck_forward = bottleneck_forward;
     own.bottleneck_backward = bottleneck_backward;
     own.attention_forward = attention_forward;
