@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import nvcc  # noqa: E402, a file of csrc
 
 # The first takes longest.
-ONCE = ["csrc/bind_cpu.cpp", "csrc/bind_bottleneck.cpp", "csrc/cpu/isa.cpp"]
+ONCE = ["csrc/bind_cpu.cpp", "csrc/bind_lora_runs.cpp", "csrc/bind_bottleneck.cpp"]
+ONCE += ["csrc/cpu/isa.cpp", "csrc/cpu/lora_runs.cpp"]
 KERNELS = sorted(
     path
     for path in (str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))

@@ -225,6 +225,7 @@ PYBIND11_MODULE(_cpu, m) {
       },
       release());
   bind_bottleneck(m);
+  bind_lora_runs(m);
   m.def(
       "cross_entropy_rows",
       [](const MutableMatrix& logits, uintptr_t targets, int64_t ignore_index, float logit_scale,

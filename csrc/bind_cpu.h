@@ -6,5 +6,6 @@
 namespace fasttune::cpu {
 
 void bind_bottleneck(pybind11::module_& m);
+void bind_lora_runs(pybind11::module_& m);
 
 }  // namespace fasttune::cpu

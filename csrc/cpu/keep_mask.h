@@ -6,8 +6,6 @@
 
 namespace fasttune::cpu::FASTTUNE_ISA {
 
-constexpr int64_t kMaskSpan = 64;  // elements whose keep bits are drawn together
-
 // v where the lane's bit is set, else zero.
 inline vf keep_lanes(vf v, uint32_t bits) {
 #if defined(__AVX512F__)

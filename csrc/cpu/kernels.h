@@ -47,8 +47,8 @@ struct Reduction {
   float* out;       // [M, R]
 };
 
-// Rows [first, end) of base_product's x, and LoRA's branch of them: keep * (t panel). Dropout
-// counts the rows of x.
+// Rows [first, end) of base_product's x, and LoRA's branch of them: keep * (t panel). Dropout, also
+// that of the reduction, counts the rows of the run.
 struct Run {
   int64_t first, end;
   const float* t;              // [end - first, R]
@@ -376,6 +376,7 @@ struct Kernels {
 constexpr int64_t kDeepSums = 4;   // of deep_product, on any number of threads
 constexpr int64_t kSumRows = 256;  // rows of x that one partial sum of column_sum adds
 constexpr int64_t kLanes = 16;     // fp32 values in a vector of every build
+constexpr int64_t kMaskSpan = 64;  // elements whose keep bits are drawn together
 constexpr int64_t kMaxRank = 256;  // of lora_reduce and reft
 inline int64_t padded_rank(int64_t rank) { return (rank + kLanes - 1) / kLanes * kLanes; }
 

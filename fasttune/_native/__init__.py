@@ -43,6 +43,7 @@ from fasttune._native.lora_linear import (
     lora_up,
     lora_up_backward,
 )
+from fasttune._native.lora_runs import Branches, runs_backward, runs_forward, takes_runs
 from fasttune._native.reft import reft_backward, reft_forward
 from fasttune._native.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from fasttune._native.rope import rope_backward, rope_forward
@@ -53,6 +54,7 @@ from fasttune._native.scaled_sum import scaled_sum
 __all__ = [
     "MAX_RANK",
     "MAX_WIDTH",
+    "Branches",
     "adamw_step",
     "add_layer_norm_forward",
     "add_rms_norm_forward",
@@ -93,6 +95,8 @@ __all__ = [
     "rope_backward",
     "rope_forward",
     "row_norms",
+    "runs_backward",
+    "runs_forward",
     "scaled_glu_backward",
     "scaled_glu_forward",
     "scaled_sum",
@@ -102,4 +106,5 @@ __all__ = [
     "takes_few_rows",
     "takes_product",
     "takes_row_norms",
+    "takes_runs",
 ]

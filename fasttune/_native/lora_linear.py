@@ -119,19 +119,16 @@ def lora_layer(
     seed: Tensor | None,
     threshold: int,
     branch: int,
-    row_offset: int = 0,
     out_dtype: torch.dtype,
-    out: Tensor | None = None,  # [M, N]
     kept: Tensor | None = None,  # [M, N], fp32 or bf16
     product_scale: Tensor | None = None,  # [N] fp32, given with ``kept``
 ) -> tuple[Tensor, Tensor]:
-    """lora_down and lora_up in one pass over x: y [M, N], rounded once and written into ``out`` if
-    given, and t [M, R] fp32. The product goes into ``kept`` and is scaled, if given.
+    """lora_down and lora_up in one pass over x: y [M, N], rounded once, and t [M, R] fp32. The
+    product goes into ``kept`` and is scaled, if given.
     """
     x, w = product
-    if out is None:
-        out = torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
-    dropout = dropout_of(seed, threshold, branch, row_offset)
+    out = torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
+    dropout = dropout_of(seed, threshold, branch, 0)
     reduced = Reduced(panel_of(a), _scale(scale, scale_tensor), dropout)
     factor = _transposed(b, b.shape[0])
     t = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32)
@@ -233,11 +230,10 @@ def lora_down_backward(
     addend: Tensor | None = None,  # [M, K], fp32 or of `dx_dtype`
     product: Product | None = None,  # of which takes_product is true
     up: tuple[Tensor, float, Tensor | None] | None = None,  # B [N, R] and its scales
-    out: Tensor | None = None,  # [M, K]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx0 [M, K] = addend + keep * (d A) + x w, written into ``out`` if given, da [R, K] = d^T (x *
-    keep); None where not needed. With ``up`` in place of ``d``, lora_up_backward's d of the left
-    factor of the product, made in the same pass.
+    """dx0 [M, K] = addend + keep * (d A) + x w, da [R, K] = d^T (x * keep); None where not needed.
+    With ``up`` in place of ``d``, lora_up_backward's d of the left factor of the product, made in
+    the same pass.
     """
     dx = da = reduced = None
     dropout = dropout_of(seed, threshold, branch, row_offset)
@@ -254,7 +250,7 @@ def lora_down_backward(
     if need_dx:
         assert d is not None
         panel_of_a = fp32(a)
-        dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype) if out is None else out
+        dx = torch.empty(d.shape[0], a.shape[1], dtype=dx_dtype)
         if _by_vendor(dx, a.shape[0], threshold) and addend is not None and product is None:
             torch.addmm(addend, d, panel_of_a, out=dx)
         elif product is not None:

@@ -95,6 +95,17 @@ def total_bias(
     return total
 
 
+def segment_biases(
+    bias: Tensor | None,
+    lora_biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    scaling_tensors: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """bias + s_j lora_bias_j of every branch j."""
+    facts = zip(lora_biases, scalings, scaling_tensors, strict=True)
+    return [total_bias(bias, [each], [scaling], [tensor]) for each, scaling, tensor in facts]
+
+
 def _concatenate(parts: list[Tensor]) -> Tensor | None:
     """The columns of all parts, None if there are none."""
     if len(parts) < 2:

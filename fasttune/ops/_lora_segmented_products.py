@@ -1,14 +1,15 @@
 """Forward and backward of lora_segmented in terms of the primitives of a backend.
 
 One product with the base weight for the whole batch; per segment the four products of lora_linear
-on a view of its rows (docs/design.md), so that only rank-sized work depends on the adapters. In
-Triton all segments are one launch a product, where they fit: `_lora_segmented_triton`.
+on a view of its rows (docs/design.md), so that only rank-sized work depends on the adapters. Where
+they fit, all segments are one call in C++ (`_lora_segmented_cpu`) and one launch a product in
+Triton (`_lora_segmented_triton`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fasttune import _native
-from fasttune.ops import _gemm, _lora_segmented_triton
-from fasttune.ops._lora_linear_products import Needs, add_product, branch_scale, total_bias
+from fasttune.ops import _gemm, _lora_segmented_cpu, _lora_segmented_triton
+from fasttune.ops._lora_linear_products import Needs, add_product, branch_scale, segment_biases
 from fasttune.ops._lora_segmented_plan import gaps, triples
 
 
@@ -44,6 +45,9 @@ class _Branches:
         draw = {"seed": self.seed, "threshold": self.thresholds[j]}
         return {**draw, "branch": self.ids[j], "row_offset": start}
 
+    def biases(self, bias: Tensor | None, lora_biases: Sequence[Any]) -> list[Tensor | None]:
+        return segment_biases(bias, lora_biases, self.scalings, self.scaling_tensors)
+
     def gathered(self, x: Tensor) -> Tensor:
         """The rows that the segments count."""
         return x if self.order is None else x.index_select(0, self.order)
@@ -51,22 +55,6 @@ class _Branches:
     def covers(self, rows: int) -> bool:
         """True if every row of the batch has a branch, in place."""
         return self.order is None and not gaps(self.segments, rows)
-
-    def products(
-        self, left: Tensor, right: Tensor
-    ) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-        """For every segment its rows of the product left [M, K] right [K, N], for the kernel that
-        takes it with the segment's branch, or nothing; and the rows for which nobody does.
-        """
-        own, rest = [], []
-        for start, stop, _ in self.segments:
-            rows = left[start:stop]
-            takes = self.prims is _native and _native.takes_product(rows, right)
-            own.append({"product": (rows, right)} if takes else {})
-            rest += [] if takes else [(start, stop)]
-        if len(rest) == len(self.segments):
-            rest = [(0, left.shape[0])]
-        return own, rest
 
     def wide(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """Factors whose gradient is summed over several segments in fp32: primitives round a
@@ -91,23 +79,22 @@ def _branches(
     )
 
 
+def _together(prims: ModuleType) -> ModuleType:
+    """What takes all segments at once."""
+    return _lora_segmented_cpu if prims is _native else _lora_segmented_triton
+
+
 def forward_with(prims: ModuleType, *args: Any) -> tuple[Tensor, list[Tensor]]:
     """The forward in terms of the primitives of a backend."""
     x, weight, bias, a, b, lora_biases, *facts, segments, order, seed, dtype = args
-    if prims is not _native and segments:
-        together = _lora_segmented_triton.forward(*args)
-        if together is not None:
-            return together
+    together = _together(prims).forward(*args) if segments else None
+    if together is not None:
+        found: tuple[Tensor, list[Tensor]] = together
+        return found
     own = _branches(prims, a, b, facts, segments, order, seed)
     if own.segments and own.covers(x.shape[0]):
         return _every_row(own, x, weight, bias, lora_biases, dtype)
     return _some_rows(own, x, weight, bias, lora_biases, dtype)
-
-
-def _biases(own: _Branches, bias: Tensor | None, lora_biases: Sequence[Any]) -> list[Tensor | None]:
-    """bias + s_j lora_bias_j of every branch."""
-    facts = zip(lora_biases, own.scalings, own.scaling_tensors, strict=True)
-    return [total_bias(bias, [each], [scaling], [tensor]) for each, scaling, tensor in facts]
 
 
 def _every_row(
@@ -119,29 +106,17 @@ def _every_row(
     dtype: torch.dtype,
 ) -> tuple[Tensor, list[Tensor]]:
     """No base rows: branches first, as lora_linear, whose rounding this has."""
-    y = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-    biases = _biases(own, bias, lora_biases)
+    y, biases = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype), own.biases(bias, lora_biases)
+    base = None
     if own.prims is _native and _gemm.through_fp32(x.device, dtype):
         base = _gemm.linear_fp32(x, weight)
-        extra = [{"addend": base[start:stop]} for start, stop, _ in own.segments]
-        rest: list[tuple[int, int]] = []
-    else:
-        left, right = x.to(dtype), weight.to(dtype).t()
-        extra, rest = own.products(left, right)
     ts = []
-    for (start, stop, j), more in zip(own.segments, extra, strict=True):
-        more["out"] = y[start:stop]
-        draw = own.mask(start, j)
-        if "product" in more and left is x:  # in one pass over it
-            branch = (more.pop("product"), own.a[j], own.b[j], biases[j], *own.scale(j))
-            _, t = own.prims.lora_layer(*branch, **draw, out_dtype=dtype, **more)
-        else:
-            t = own.prims.lora_down(x[start:stop], own.a[j], *own.scale(j), **draw)
-            own.prims.lora_up(t, own.b[j], biases[j], out_dtype=dtype, **more)
+    for start, stop, j in own.segments:
+        t = own.prims.lora_down(x[start:stop], own.a[j], *own.scale(j), **own.mask(start, j))
+        extra = {} if base is None else {"addend": base[start:stop]}
+        y[start:stop] = own.prims.lora_up(t, own.b[j], biases[j], out_dtype=dtype, **extra)
         ts.append(t)
-    for start, stop in rest:
-        y[start:stop].addmm_(left[start:stop], right)
-    return y, ts
+    return (y if base is not None else y.addmm_(x.to(dtype), weight.to(dtype).t())), ts
 
 
 def _some_rows(
@@ -154,7 +129,7 @@ def _some_rows(
 ) -> tuple[Tensor, list[Tensor]]:
     """torch's own linear for all rows, so that base rows have its bits; branches are added."""
     y = linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    rows, target, biases = own.gathered(x), own.gathered(y), _biases(own, None, lora_biases)
+    rows, target, biases = own.gathered(x), own.gathered(y), own.biases(None, lora_biases)
     ts = []
     for start, stop, j in own.segments:
         t = own.prims.lora_down(rows[start:stop], own.a[j], *own.scale(j), **own.mask(start, j))
@@ -170,67 +145,36 @@ def backward_with(prims: ModuleType, *args: Any) -> list[Tensor]:
     """
     dy, x, weight, a, b, ts, *facts, segments, order, seed, x_dtype, needs = args
     if prims is not _native and segments:
-        together = _lora_segmented_triton.backward(*args)
-        if together is not None:
-            return together
+        grads = _lora_segmented_triton.backward(*args)
+        if grads is not None:
+            return grads
     need = Needs.unpack(needs, 1, len(a))
     own = _branches(prims, a, b, facts, segments, order, seed)
     rows = own.gathered(dy)
-    through = _through_base(own, dy, weight, need, x_dtype)
-    ds, dbs = _output_side(own, rows, ts, need, through)
+    together = _lora_segmented_cpu.backward(*args) if prims is _native and segments else None
+    if together is not None:
+        dx, das, dbs = together
+    else:
+        ds, dbs = _output_side(own, rows, ts, need)
+        dx, das = _input_side(own, dy, x, weight, ds, need, x_dtype)
     dw = None
     if need.w[0] and x is not None and weight is not None:
         dw = _gemm.weight_gradient(dy, x, weight.dtype)
-    dx, das = _input_side(own, dy, x, weight, ds, need, through, x_dtype)
     dbias = dy.sum(0, dtype=torch.float32) if need.bias[0] else None
     wanted = [dx, dw, dbias, *das, *dbs, *_lora_biases(own, rows, need)]
     return [grad for grad, flag in zip(wanted, needs, strict=True) if flag and grad is not None]
 
 
-@dataclass
-class _ThroughBase:
-    """dx [M, K] as far as it is known before the branches."""
-
-    dx: Tensor | None = None  # to be written, or dy W
-    base: Tensor | None = None  # dy W in fp32, to be added
-    target: Tensor | None = None  # the rows of dx, dy W already, that the branches are added to
-    extra: list[dict[str, Any]] = field(default_factory=list)  # of each segment: its rows of dy W
-    rest: list[tuple[int, int]] = field(default_factory=list)  # rows whose dy W nobody adds
-
-
-def _through_base(
-    own: _Branches, dy: Tensor, weight: Tensor | None, need: Needs, dtype: torch.dtype
-) -> _ThroughBase:
-    found = _ThroughBase(extra=[{} for _ in own.segments], rest=[(0, dy.shape[0])])
-    if not need.x or weight is None:
-        return found
-    if own.prims is _native and own.order is None and _gemm.through_fp32(dy.device, dy.dtype):
-        found.base = _gemm.linear_backward_fp32(dy, weight)
-    if found.base is not None or (own.segments and own.covers(dy.shape[0])):
-        found.dx = dy.new_empty(dy.shape[0], weight.shape[1], dtype=dtype)
-        if found.base is None and dtype in (torch.bfloat16, torch.float32):
-            found.extra, found.rest = own.products(dy, weight.to(dy.dtype))
-    else:
-        found.dx = torch.mm(dy, weight.to(dy.dtype)).to(dtype)
-        found.target = own.gathered(found.dx)
-    return found
-
-
 def _output_side(
-    own: _Branches, dy: Tensor, ts: Sequence[Tensor | None], need: Needs, through: _ThroughBase
+    own: _Branches, dy: Tensor, ts: Sequence[Tensor | None], need: Needs
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """d of every segment, or None where it is made beside the segment's rows of dy W; dB of every
-    branch.
-    """
+    """d of every segment and dB of every branch."""
     dbs: list[Tensor | None] = [None] * len(own.b)
     ds, b = [], own.wide(own.b)
-    for (start, stop, j), t, place in zip(own.segments, ts, through.extra, strict=True):
-        beside = "product" in place
-        if beside:
-            place["up"] = (own.b[j], *own.scale(j))
+    for (start, stop, j), t in zip(own.segments, ts, strict=True):
         d, db = own.prims.lora_up_backward(
             *(dy[start:stop], t, b[j], *own.scale(j)),
-            need_d=(need.x or need.a[j]) and not beside,
+            need_d=need.x or need.a[j],
             need_db=need.b[j],
         )
         ds.append(d)
@@ -245,48 +189,48 @@ def _input_side(
     weight: Tensor | None,
     ds: Sequence[Tensor | None],
     need: Needs,
-    through: _ThroughBase,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dx [M, K] and dA of every branch."""
+    """dx [M, K] and dA of every branch. The branches of a batch that they cover come first and dy W
+    is added to them; otherwise they are added to it.
+    """
     rows = None if x is None or not any(need.a) else own.gathered(x)
+    dx = base = target = None
+    covers = bool(own.segments) and own.covers(dy.shape[0])
+    if need.x and weight is not None:
+        in_fp32 = own.prims is _native and _gemm.through_fp32(dy.device, dy.dtype)
+        if own.order is None and in_fp32:
+            base = _gemm.linear_backward_fp32(dy, weight)
+        if base is not None or covers:
+            dx = dy.new_empty(dy.shape[0], weight.shape[1], dtype=dtype)
+        else:
+            dx = torch.mm(dy, weight.to(dy.dtype)).to(dtype)
+            target = own.gathered(dx)
     das: list[Tensor | None] = [None] * len(own.a)
     a = own.wide(own.a)
-    for (start, stop, j), d, place in zip(own.segments, ds, through.extra, strict=True):
-        if through.dx is not None and through.target is None:
-            place["out"] = through.dx[start:stop]
-        if through.base is not None:
-            place["addend"] = through.base[start:stop]
+    for (start, stop, j), d in zip(own.segments, ds, strict=True):
         part, da = own.prims.lora_down_backward(
             *(d, a[j], None if rows is None else rows[start:stop]),
             **own.mask(start, j),
-            dx_dtype=dtype if through.target is None else torch.float32,
+            dx_dtype=dtype if target is None else torch.float32,
             need_dx=need.x,
             need_da=need.a[j],
-            **place,
+            **({} if base is None else {"addend": base[start:stop]}),
         )
-        if through.target is not None:
-            through.target[start:stop].add_(part)
+        if target is not None:
+            target[start:stop].add_(part)
+        elif dx is not None:
+            dx[start:stop] = part
         _accumulate(das, j, da)
-    return _finished(own, dy, weight, through, dtype), _rounded(das, own.a)
-
-
-def _finished(
-    own: _Branches, dy: Tensor, weight: Tensor | None, through: _ThroughBase, dtype: torch.dtype
-) -> Tensor | None:
-    """dx with what the segments leave: rows without a branch, or dy W of the rest of the rows."""
-    dx = through.dx
-    if dx is None or weight is None:
-        return None
-    if through.base is not None:
-        for start, stop in gaps(own.segments, dy.shape[0]):
-            dx[start:stop].copy_(through.base[start:stop])
-        return dx
-    if through.target is None:
-        for start, stop in through.rest:
-            add_product(dx[start:stop], dy[start:stop], weight.to(dy.dtype), dtype)
-        return dx
-    return dx if own.order is None else dx.index_copy_(0, own.order, through.target)
+    if dx is not None and weight is not None:
+        if base is not None:
+            for start, stop in gaps(own.segments, dy.shape[0]):
+                dx[start:stop].copy_(base[start:stop])
+        elif target is None:
+            add_product(dx, dy, weight.to(dy.dtype), dtype)
+        elif own.order is not None:
+            dx.index_copy_(0, own.order, target)
+    return dx, _rounded(das, own.a)
 
 
 def _lora_biases(own: _Branches, dy: Tensor, need: Needs) -> list[Tensor | None]:

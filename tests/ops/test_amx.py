@@ -525,10 +525,14 @@ def test_lora_linear_takes_each_base_product_once(counts, isa, monkeypatch):
 @pytest.mark.parametrize("isa", TILES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "autocast"])
 @pytest.mark.parametrize(
-    ("lengths", "tiled"), [((64, 80, 70), 6), ((70, 20, 64), 4), ((20, 30), 0)]
+    ("lengths", "tiled"),
+    [((64, 80, 70), True), ((70, 20, 64), True), ((20, 30), False), ((1,) * 70, False)],
+    ids=["long", "short", "few", "single"],
 )
-def test_segments_take_their_rows_of_the_base_product(lengths, tiled, dtype, isa, monkeypatch):
-    """Those that are long enough for tiles; the others' rows come from the vendor's product."""
+def test_runs_of_rows_take_the_base_product_with_them(lengths, tiled, dtype, isa, monkeypatch):
+    """On tiles where there are rows enough and few of a tile's stay empty; under autocast t is of x
+    as it came, which is not the left side.
+    """
     x = torch.randn(sum(lengths), 96, dtype=dtype).requires_grad_()
     w = torch.randn(40, 96).bfloat16()
     branches = [
@@ -537,22 +541,20 @@ def test_segments_take_their_rows_of_the_base_product(lengths, tiled, dtype, isa
     ]
     rows_of = [j for j, length in enumerate(lengths) for _ in range(length)]
     leaves = [x, *(f for branch in branches for f in (branch.a, branch.b))]
-    taken, passes = [], []
+    taken = {}
 
     def counted(name):
-        call = getattr(_native, name)
+        own = getattr(_native, name)
 
-        def wrapped(*args, **kwargs):
-            one_pass = name == "lora_layer" or kwargs.get("up") is not None
-            passes.append(one_pass)
-            taken.append(one_pass or kwargs.get("product") is not None)
-            return call(*args, **kwargs)
+        def call(left, product, *args):
+            taken[name] = product is not None
+            return own(left, product, *args)
 
-        monkeypatch.setattr(_native, name, wrapped)
+        monkeypatch.setattr(_native, name, call)
 
+    counted("runs_forward")
+    counted("runs_backward")
     monkeypatch.setattr(_gemm, "bf16_products_are_fast", lambda: True)  # as on a CPU with tiles
-    for name in ("lora_layer", "lora_up", "lora_down_backward"):
-        counted(name)
 
     def run():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
@@ -561,11 +563,11 @@ def test_segments_take_their_rows_of_the_base_product(lengths, tiled, dtype, isa
 
     with build(isa):
         mine = run()
-    assert sum(taken) == tiled
-    # t and d are made beside them; under autocast t is of x as it came, which is not the left side.
-    assert sum(passes) == (tiled if dtype == torch.bfloat16 else tiled // 2)
+    forward = tiled and dtype == torch.bfloat16
+    assert taken == {"runs_forward": forward, "runs_backward": tiled}
     with build("avx512"):
         other = run()
+    assert taken == {"runs_forward": False, "runs_backward": False}
     for ours, theirs in zip(mine, other, strict=True):
         assert largest_error(ours, theirs) <= 2**-6 * float(theirs.abs().max())
 

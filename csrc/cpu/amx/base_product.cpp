@@ -163,9 +163,10 @@ class Chunk {
       const float* t = run->t + (row - run->first) * run->rank;
       if (const Reduction* reduction = run->reduction) {
         Matrix own = call.x;
-        own.rows = run->end;
+        own.data = at(call.x, run->first, 0);
+        own.rows = run->end - run->first;
         reduce_rows(own, terms.of(*run, own.cols), run->rank, reduction->scale,
-                    KeepMask(reduction->dropout), reduced, row);
+                    KeepMask(reduction->dropout), reduced, row - run->first);
         if (writes)
           std::copy_n(reduced, rows * run->rank, reduction->out + (row - run->first) * run->rank);
         t = reduced;
@@ -242,7 +243,7 @@ void multiply_panel(const Call& call, const Chunk& chunk, int64_t count, uint16_
     store_results(results);
     if (call.product) scale_product(*call.product, rows.rows(), out.cols, results, rows.row, col);
     const auto bits = [&](int64_t r) {
-      const uint64_t span = mask.span(rows.row + r, col / kMaskSpan * kMaskSpan);
+      const uint64_t span = mask.span(rows.row - run->first + r, col / kMaskSpan * kMaskSpan);
       return static_cast<uint32_t>(span >> col % kMaskSpan);
     };
     finish(results, apart ? branch : nullptr, bits, ExpandTerms{call.addend, nullptr, run->bias},
