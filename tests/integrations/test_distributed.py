@@ -88,8 +88,15 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("checkpointing", ["plain", "checkpointing"])
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("mode", "checkpointing"),
+    [
+        ("ddp", "plain"),
+        ("fsdp2", "checkpointing"),
+        pytest.param("ddp", "checkpointing", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "plain", marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_follow_one_stock_process(tmp_path: Path, mode: str, checkpointing: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -34,8 +34,7 @@ DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
 
 COMMON = [
     (capability, "bf16", adapter, 16, 3277)
-    for capability in (80, 90, 120)
-    for adapter in ("bf16", "fp32")
+    for capability, adapter in ((80, "fp32"), (90, "bf16"), (90, "fp32"), (120, "bf16"))
 ]
 ALL = [
     (capability, x, adapter, rank, threshold)

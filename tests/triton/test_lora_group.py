@@ -194,7 +194,8 @@ KERNELS = [
     "_lora_input_gradient_group_kernel",
     "_lora_weight_grad_group_kernel",
 ]
-COMMON = [(c, "bf16", a, 16, 3) for c in (80, 90, 120) for a in ("bf16", "fp32")]
+PAIRS = ((80, "fp32"), (90, "bf16"), (90, "fp32"), (120, "bf16"))
+COMMON = [(capability, "bf16", a, 16, 3) for capability, a in PAIRS]
 COMMON += [(90, "bf16", "fp32", 16, 4)]
 ALL = [
     (capability, x, a, rank, branches)
