@@ -17,10 +17,11 @@ WAYS = [
     if how != "product" or isa.startswith("amx")  # the builds with tiles
 ]
 K, N, P = 96, 70, 0.25
-# Rows of the runs and their branches: short ones, repeated ones, and none of a 32 rows' block.
+# Rows of the runs and their branches; of the ragged ones several end in the last 32 rows.
 RUNS = {
     "one": ([130], [0]),
     "repeated": ([64, 33, 70, 31, 64], [0, 1, 0, 2, 1]),
+    "ragged": ([66, 3, 2, 7], [0, 1, 0, 2]),
     "many": ([5, 9, 1, 7, 40, 3, 2, 30], [0, 1, 2, 0, 1, 2, 1, 0]),
 }
 RANKS = (16, 5, 33)

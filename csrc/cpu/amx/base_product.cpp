@@ -117,6 +117,17 @@ struct Call {
   static int64_t steps_of_ranks(int64_t rank) { return padded_rank(rank) / kLanes * kStepsOfRanks; }
   // Rows apart by a multiple of 2048 bytes share two sets of the first-level cache.
   bool in_place() const { return x.cols % kTileDepth == 0 && 2 * x.stride % 2048 != 0; }
+  bool in_place(const RowsOfRun& block) const {
+    return in_place() && block.row + kRowsOfBlock <= x.rows;
+  }
+  // The first of the blocks that reach beyond x, which come last; all that are packed where x is
+  // read in place.
+  int64_t first_packed() const {
+    if (!in_place()) return 0;
+    auto first = static_cast<int64_t>(blocks.size());
+    while (first > 0 && !in_place(blocks[first - 1])) --first;
+    return first;
+  }
   int64_t panel_elements() const { return steps.all() * kStepElements; }
   int64_t chunk_blocks() const {
     return std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, 2 * panel_elements()));
@@ -146,7 +157,8 @@ class Chunk {
  public:
   // Elements of the buffer for `blocks` blocks.
   static int64_t elements(const Call& call, int64_t blocks) {
-    const int64_t packed = call.in_place() ? 1 : blocks;
+    const int64_t packed =
+        std::min(blocks, static_cast<int64_t>(call.blocks.size()) - call.first_packed());
     return (packed * call.steps.base + blocks * call.steps.lora) * kStepElements;
   }
   // Of the threads that share rows, one `writes` t.
@@ -154,6 +166,7 @@ class Chunk {
         uint16_t* buffer)
       : call_(call),
         blocks_(call.blocks.data() + first),
+        first_packed_(std::max<int64_t>(0, call.first_packed() - first)),
         lora_(buffer),
         rows_(buffer + count * lora_elements()) {
     for (int64_t i = 0; i < count; ++i) {
@@ -185,16 +198,14 @@ class Chunk {
 
  private:
   int64_t lora_elements() const { return call_.steps.lora * kStepElements; }
-  bool in_place(int64_t i) const {
-    return call_.in_place() && blocks_[i].row + kRowsOfBlock <= call_.x.rows;
-  }
-  // With x in place, only its last rows are packed.
+  bool in_place(int64_t i) const { return call_.in_place(blocks_[i]); }
   uint16_t* packed(int64_t i) const {
-    return rows_ + (call_.in_place() ? 0 : i) * call_.steps.base * kStepElements;
+    return rows_ + (i - first_packed_) * call_.steps.base * kStepElements;
   }
 
   const Call& call_;
   const RowsOfRun* blocks_;
+  int64_t first_packed_;  // of the chunk's blocks
   uint16_t *lora_, *rows_;
 };
 
