@@ -56,7 +56,7 @@ _METHODS = {
         *("new_empty", "new_empty_strided", "new_zeros", "zero_", "copy_", "view", "reshape", "t"),
         *("expand", "unsqueeze", "chunk", "split_with_sizes", "unbind", "sum", "cumsum", "sort"),
         *("add", "add_", "sub", "mul", "mul_", "div", "ne", "addmm_", "masked_fill", "scatter_"),
-        *("square", "sqrt_", "clamp_"),
+        *("square", "sqrt_", "clamp_", "div_"),
         *_CONVERSIONS,
     )
 }
