@@ -116,6 +116,22 @@ def test_runs_are_exact(how, lengths, count, factors, dropped, isa, build, threa
     assert bool((room_y[:, N:] == 7).all()) and bool((room_dx[:, K:] == 7).all())
 
 
+@pytest.mark.parametrize(("isa", "how"), [way for way in WAYS if way[1] != "addend"])
+def test_rows_of_no_run_are_left_as_they_are(isa, how, build):
+    """Also those behind a run that does not fill its block of tiles."""
+    build(isa)
+    runs, branches, _ = batch([70, 40, 3, 37], [0, 1, 0, 2], torch.float32, 0)
+    gaps = [run for i, run in enumerate(runs) if i in (1, 3)]
+    runs = [run for i, run in enumerate(runs) if i in (0, 2)]
+    x = torch.randn(150, K).to(torch.bfloat16 if how == "product" else torch.float32)
+    right = torch.randn(N, K).to(x.dtype).t() if how == "product" else None
+    y = torch.full((150, N), 7.0)
+    _native.runs_forward(x, right, None, runs, branches, y)
+    for first, end, _ in gaps:
+        assert bool((y[first:end] == 7).all())
+    assert all(bool((y[first:end] != 7).any(1).all()) for first, end, _ in runs)
+
+
 @pytest.mark.parametrize("need_x", [True, False])
 def test_only_what_is_wanted_is_made(need_x):
     runs, branches, _ = batch(*RUNS["repeated"], torch.float32, int(P * 65536))
