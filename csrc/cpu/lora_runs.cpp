@@ -137,6 +137,34 @@ class Sums {
   std::vector<Buffer> parts_;
 };
 
+// Of a run: the panel that reduces its rows to t, the factor that expands t, and what is dropped
+// before and after.
+struct RunOperands {
+  const float *panel, *factor;
+  float* t;
+  const float* bias;
+  Dropout reduced, expanded;
+};
+
+// base_product with the branches of all runs; operands(i) are those of run i.
+template <typename Operands>
+void multiply_runs(const RunsCall& call, const Matrix& x, const RunsWeight& w, const Matrix* addend,
+                   const MutableMatrix& out, Operands&& operands) {
+  std::vector<Reduction> reductions;
+  std::vector<Run> runs;
+  reductions.reserve(call.runs.size());
+  for (size_t i = 0; i < call.runs.size(); ++i) {
+    const RunOfRows& run = call.runs[i];
+    const RunBranch& branch = call.branches[run.branch];
+    const RunOperands own = operands(i);
+    reductions.push_back({own.panel, branch.scale, own.reduced, own.t});
+    runs.push_back({run.first, run.end, own.t, &reductions.back(), own.factor, branch.a.rows,
+                    own.bias, own.expanded});
+  }
+  kernels().base_product(x, w.matrix, w.transposed, runs.data(), static_cast<int64_t>(runs.size()),
+                         addend, nullptr, out, call.threads);
+}
+
 }  // namespace
 
 void runs_forward(const RunsCall& call, const Matrix& x, const RunsWeight* w, const Matrix* addend,
@@ -152,20 +180,12 @@ void runs_forward(const RunsCall& call, const Matrix& x, const RunsWeight* w, co
   const auto dropout_of = [&](const RunOfRows& run) {
     return from_row(call.branches[run.branch].dropout, run.first);
   };
-  if (w) {
-    std::vector<Reduction> reductions;
-    std::vector<Run> runs;
-    reductions.reserve(count);
-    for (size_t i = 0; i < count; ++i) {
+  if (w)
+    return multiply_runs(call, x, *w, addend, y, [&](size_t i) {
       const RunOfRows& run = call.runs[i];
-      const RunBranch& branch = call.branches[run.branch];
-      reductions.push_back({panels[run.branch].get(), branch.scale, dropout_of(run), ts[i]});
-      runs.push_back({run.first, run.end, ts[i], &reductions.back(), factors[run.branch].get(),
-                      branch.a.rows, branch.bias, Dropout{}});
-    }
-    return own.base_product(x, w->matrix, w->transposed, runs.data(), static_cast<int64_t>(count),
-                            addend, nullptr, y, call.threads);
-  }
+      return RunOperands{panels[run.branch].get(),       factors[run.branch].get(), ts[i],
+                         call.branches[run.branch].bias, dropout_of(run),           Dropout{}};
+    });
   for_each(count, call.threads, [&](size_t i, int threads) {
     const RunOfRows& run = call.runs[i];
     const RunBranch& branch = call.branches[run.branch];
@@ -219,18 +239,11 @@ void runs_backward(const RunsCall& call, const Matrix& dy, const Matrix* x, cons
                     rows_of(*dx, run), threads);
   });
   if (together) {
-    std::vector<Reduction> reductions;
-    std::vector<Run> runs;
-    reductions.reserve(count);
-    for (size_t i = 0; i < count; ++i) {
-      const RunOfRows& run = call.runs[i];
-      const RunBranch& branch = call.branches[run.branch];
-      reductions.push_back({panels[run.branch]->data(), branch.scale, Dropout{}, ds[i].get()});
-      runs.push_back({run.first, run.end, ds[i].get(), &reductions.back(),
-                      factors[run.branch]->data(), branch.a.rows, nullptr, dropouts[i]});
-    }
-    own.base_product(dy, w->matrix, w->transposed, runs.data(), static_cast<int64_t>(count), addend,
-                     nullptr, *dx, call.threads);
+    multiply_runs(call, dy, *w, addend, *dx, [&](size_t i) {
+      const size_t j = call.runs[i].branch;
+      return RunOperands{panels[j]->data(), factors[j]->data(), ds[i].get(),
+                         nullptr,           Dropout{},          dropouts[i]};
+    });
     for_each(count, call.threads, [&](size_t i, int threads) {
       const RunOfRows& run = call.runs[i];
       if (sums_a.wanted(i))
