@@ -1,7 +1,5 @@
 // Bottleneck adapters in fasttune._cpu. Their operands come as tensors, whose shapes are compared
 // here.
-#include <string>
-
 #include "bind_cpu.h"
 #include "cpu/isa.h"
 #include "tensors.h"
@@ -10,23 +8,6 @@ namespace fasttune::cpu {
 namespace {
 
 namespace py = pybind11;
-
-void expect(bool fits, const char* name) {
-  if (!fits)
-    throw py::value_error(std::string(name) + ": its shape does not fit that of the others");
-}
-bool has_shape(const Matrix& m, int64_t rows, int64_t cols) {
-  return m.rows == rows && m.cols == cols;
-}
-bool has_shape(const MutableMatrix& m, int64_t rows, int64_t cols) {
-  return m.rows == rows && m.cols == cols;
-}
-// What is missing fits.
-template <typename M>
-bool has_shape(const M* m, int64_t rows, int64_t cols) {
-  return m == nullptr || has_shape(*m, rows, cols);
-}
-bool has_size(const Flat& v, int64_t size) { return v.data == nullptr || v.count == size; }
 
 }  // namespace
 

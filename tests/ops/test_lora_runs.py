@@ -171,6 +171,48 @@ def test_the_threads_change_nothing(isa, build, threads):
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
+WRONG = {
+    "beyond the rows": {"runs": [(0, 41, 0)]},
+    "negative": {"runs": [(-1, 4, 0)]},
+    "overlapping": {"runs": [(0, 20, 0), (10, 30, 0)]},
+    "no branch": {"runs": [(0, 40, 1)]},
+    "A of another depth": {"a": torch.ones(4, K + 1)},
+    "B of another rank": {"b": torch.ones(N, 5)},
+    "bias of another size": {"bias": torch.ones(N - 1)},
+    "y of other rows": {"y": torch.ones(39, N)},
+    "an addend of other columns": {"addend": torch.ones(40, N + 1)},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_fit_is_refused_before_anything_is_written(what):
+    """The registered op hands on what it gets; the public one has checked it."""
+    given = {"a": torch.ones(4, K), "b": torch.ones(N, 4), "bias": torch.ones(N), "addend": None}
+    given |= {"y": torch.full((40, N), 7.0), "runs": [(0, 40, 0)]} | WRONG[what]
+    branches = _native.Branches([given["a"]], [given["b"]], [given["bias"]], [1.0], None, [0], [0])
+    was = given["y"].clone()
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        _native.runs_forward(
+            torch.ones(40, K), None, given["addend"], given["runs"], branches, given["y"]
+        )
+    assert torch.equal(given["y"], was)
+
+
+@pytest.mark.parametrize("missing", ["x", "t", "dx", "dy"])
+def test_a_backward_without_what_it_needs_is_refused(missing):
+    runs, branches, _ = batch([40], [0], torch.float32, 0)
+    x, dy, dx = torch.ones(40, K), torch.ones(40, N), torch.ones(40, K)
+    t = torch.ones(40, RANKS[0])
+    changed = {"x": None, "t": None, "dx": dx[:39], "dy": dy[:39]}[missing]
+    given = {"x": x, "t": t, "dx": dx, "dy": dy, missing: changed}
+    with pytest.raises(ValueError, match=r"shape|rows"):
+        _native.runs_backward(
+            given["dy"], None, None, given["x"], runs, branches, [given["t"]], given["dx"],
+            [True], [True],
+        )  # fmt: skip
+    assert bool((dx == 1).all())
+
+
 def test_which_branches_are_taken():
     a, b = torch.randn(4, K), torch.randn(N, 4)
     facts = ([None], [1.0], None, [0], [0])
